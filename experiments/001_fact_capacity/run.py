@@ -2,7 +2,7 @@
 
     python experiments/001_fact_capacity/run.py --stage gate grid full --seconds 570
 
-runs what has no result yet and can end in time; the same command again goes on. `--plan` lists the runs instead.
+runs what has no result yet and fits the time; the same command continues later. `--plan` lists the runs instead.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ STAGES = ("gate", "grid", "full", "edges", "why")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """The knobs of cost."""
+    """Parameters that determine the cost."""
 
     people: int
     exposures: float
@@ -35,7 +35,7 @@ class Size:
     why_exposures: float
     seeds: int
     num_rates: int
-    """Settings of the rates that are tried for each family."""
+    """Number of learning-rate pairs tried per family."""
     settings: tuple[str, ...] = ()
 
 
@@ -50,7 +50,7 @@ SIZES = {
         seeds=3,
         num_rates=3,
     ),
-    # Says only that everything runs: minutes on a CPU.
+    # Only shows that everything runs: minutes on a CPU.
     "small": Size(
         people=50,
         exposures=30,
@@ -67,11 +67,11 @@ SIZES = {
 MIDDLE_LR = 1e-3
 DENSE = ((MIDDLE_LR, 0.0), (5e-4, 0.0), (2e-3, 0.0))
 SPARSE = ((MIDDLE_LR, 1e-1), (MIDDLE_LR, 2e-2), (MIDDLE_LR, 3e-1))
-"""Highest rates of the dense parameters and of the tables."""
+"""Peak learning rates of the dense parameters and of the tables."""
 GATE_SETTINGS = ("--data.batch_size", "1024")
 UNIT_EMBEDDING = ("--model.embedding_init_std", "1.0")
 NARROW_EMBEDDING = ("--model.embedding_init_std", "null")
-"""Begins with a standard deviation of dim ** -0.5."""
+"""Initialises with a standard deviation of dim ** -0.5."""
 RATES = {
     "dense_x1": DENSE,
     "dense_x2": DENSE,
@@ -82,9 +82,9 @@ RATES = {
     "memory_plus": SPARSE,
 }
 BEYOND = {"memory": (MIDDLE_LR, 1.0), "peer": (MIDDLE_LR, 5e-3)}
-"""Where the best rate of the grid lies at its edge: the next one. It is reported, and changes nothing."""
+"""Families whose best rate lies at the edge of the grid, with the next rate: reported only, it changes nothing."""
 RATES_OF = {"memory_plus_small": "memory_plus", "memory_plus_large": "memory_plus"}
-"""Families that take the rates that were found for another."""
+"""Families that use the rates found for another."""
 
 NAMES = {
     "dense_x1": "dense",
@@ -111,11 +111,11 @@ def main() -> None:
 
 
 def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
-    """The runs of a stage; those of the last one at the rates that the one before found best."""
+    """The runs of a stage; the stage `full` uses the best rates of the grid."""
     if stage == "gate":
         return gate(size)
     if stage == "grid":
-        # One setting of each family would be no grid.
+        # A single setting per family is not a grid.
         tried_rates = RATES.items() if size.num_rates > 1 else ()
         return [
             a_run(stage, size, family, rates, size.grid_exposures)
@@ -135,7 +135,7 @@ def runs_of(stage: str, size: Size, results: dict[str, Result]) -> list[Run]:
 
 
 def gate(size: Size) -> list[Run]:
-    """Dense rates by the scale of the embedding; rates of the table by those of the keys; placements; the control."""
+    """Dense rates by embedding scale, table rates by key rate, placements, and the control."""
     gate_size = dataclasses.replace(size, people=size.gate_people, settings=size.settings or GATE_SETTINGS)
 
     def one(family, rates, embedding=UNIT_EMBEDDING, layers="1,2", settings=(), **options):
@@ -156,7 +156,7 @@ def gate(size: Size) -> list[Run]:
 def whys(size: Size) -> list[Run]:
     """From the plain layer to Memory+, one change at a time."""
     chosen = list(why.variants())
-    # Of the small size only what no other stage runs.
+    # At the small size, only what no other stage runs.
     chosen = chosen if size.num_rates > 1 else [one for one in chosen if one.without == "gate_proj"]
     return [
         a_run(
@@ -188,13 +188,13 @@ def a_run(stage, size, family, rates, exposures, *, seed=0, settings=(), perfect
         settings=(*size.settings, *settings),
         perfect_address=perfect_address,
         without=without,
-        # Tokens at the rate of one of four processes, after starting and compiling.
+        # Start and compilation, then tokens at the speed of one of four processes.
         seconds=40 + exposures * size.people * 6 * 14 / 2e6,
     )
 
 
 def best_rates(family: str, results: dict[str, Result]) -> tuple[float, float]:
-    """The rates with the best recall of the grid; the middle ones where it has not been run."""
+    """The rates with the best recall in the grid; the middle ones if it has not been run."""
     tried = [row for row in results.values() if row["stage"] == "grid" and row["family"] == family]
     if not tried:
         return RATES[family][0]
@@ -203,7 +203,7 @@ def best_rates(family: str, results: dict[str, Result]) -> tuple[float, float]:
 
 
 def report(rows: list[Result], folder: pathlib.Path) -> str:
-    """The tables of the stages, what was run again, and the picture."""
+    """The tables of all stages, repeated runs, and the figure."""
     of_stage = lambda stage: sorted((row for row in rows if row["stage"] == stage), key=table_order)
     parts = []
     if full := grouped(of_stage("full"), lambda row: (row["family"],)):
@@ -234,12 +234,12 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
 
 
 def table_order(row: Result) -> tuple[Any, ...]:
-    """Where a result stands in the tables."""
+    """Sort key of a result in the tables."""
     return ORDER.index(row["family"]), row["seed"], row["lr"], row["table_lr"]
 
 
 def repeated(rows: list[Result], again: dict[str, Result]) -> str:
-    """What was run again, beside what it gave first and the spread of the seeds."""
+    """Repeated runs beside the first results and the spread over seeds."""
     first, lines = {row["name"]: row for row in rows}, []
     for row in sorted(again.values(), key=table_order):
         seeds = [other for other in rows if other["stage"] == row["stage"] and other["family"] == row["family"]]
@@ -249,7 +249,7 @@ def repeated(rows: list[Result], again: dict[str, Result]) -> str:
 
 
 def summary(rows: list[Result]) -> str:
-    """The few lines of the project's README."""
+    """The figure and table for the project's README."""
     full = grouped(
         sorted((row for row in rows if row["stage"] == "full"), key=table_order), lambda row: (row["family"],)
     )
@@ -274,7 +274,7 @@ def summary(rows: list[Result]) -> str:
 
 
 def headline(family: str, runs: list[Result]) -> tuple[str, ...]:
-    """A family's line of the table: means over the seeds, lowest and highest in brackets."""
+    """A family's row: means over seeds, with the lowest and highest in parentheses."""
     row, parameters = runs[0], runs[0]["parameters"]
     zeroed = spread(runs, lambda row: row["recall_zeroed"]) if "recall_zeroed" in row else ""
     return (
@@ -291,7 +291,7 @@ def headline(family: str, runs: list[Result]) -> tuple[str, ...]:
 
 
 def picture(full: dict[tuple[str], list[Result]], path: pathlib.Path) -> None:
-    """Recall and bits per parameter while the training goes on."""
+    """Draws recall and bits per parameter over the course of training."""
     recall, bits = {}, {}
     for (family,), runs in full.items():
         points = list(zip(*[run["curve"] for run in runs], strict=True))

@@ -10,9 +10,9 @@ from factlab.runs import Result
 
 GATE, LAYERS = "--model.memory.gate", "--model.memory.layers"
 BASE = {GATE: "none", LAYERS: "2"}
-"""Of the family `memory`, from which all variants are made."""
+"""Settings of the family `memory`, from which all variants are derived."""
 OWN_TABLES = ("--model.memory.shared_table", "false", "--model.memory.num_keys", "181")
-"""A table for each of two layers, both together as large as the shared one."""
+"""One table for each of two layers, together as large as the shared one."""
 NARROW_START = ("--model.memory.value_init_scale", "1.0")
 NO_QK_NORM = ("--model.memory.qk_norm", "false", "--model.memory.score_scale", "1.0")
 
@@ -28,27 +28,27 @@ class Design(NamedTuple):
 PLAIN, PLUS = Design("2", "none", 0.3), Design("1,3", "silu", 0.1)
 ENDS = {PLAIN: "the plain layer", PLUS: "Memory+"}
 STEPS = {"layers": "two layers share the table", "gate": "gate and projection", "table_lr": "table rate 0.1"}
-"""From the plain layer to Memory+."""
+"""The changes that lead from the plain layer to Memory+."""
 
 
 class Variant(NamedTuple):
-    """A model of the stage."""
+    """A model of the stage `why`."""
 
     design: Design
     settings: tuple[str, ...] = ()
-    """Changes beside the three."""
+    """Changes other than the three."""
     without: str = ""
 
     @property
     def all_settings(self) -> tuple[str, ...]:
-        """All that differs from the family `memory`."""
+        """All settings that differ from the family `memory`."""
         chosen = {GATE: self.design.gate, LAYERS: self.design.layers}
         changed = [pair for pair in chosen.items() if BASE[pair[0]] != pair[1]]
         return (*itertools.chain(*changed), *self.settings)
 
     @classmethod
     def of(cls, row: Result) -> "Variant":
-        """That of a result."""
+        """The variant of a result."""
         pairs = BASE | dict(_pairs(row["settings"]))
         design = Design(pairs.pop(LAYERS), pairs.pop(GATE), row["table_lr"])
         kept = [pair for pair in pairs.items() if pair[0].startswith("--model.memory.")]
@@ -56,7 +56,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> Iterator[Variant]:
-    """The eight designs, then one more change from either end."""
+    """The eight designs, then single further changes from either end."""
     for choice in itertools.product((False, True), repeat=3):
         yield Variant(Design(*(PLUS[i] if taken else PLAIN[i] for i, taken in enumerate(choice))))
     yield Variant(PLAIN._replace(table_lr=1.0))
@@ -72,7 +72,7 @@ def variants() -> Iterator[Variant]:
 
 
 def tables(rows: Rows) -> list[str]:
-    """Recall of the designs by table rate, what each step costs, and the other changes."""
+    """Recall of the designs by table rate, the effect of each step, and the other changes."""
     found = {variant: runs for (variant,), runs in grouped(rows, lambda row: (Variant.of(row),)).items()}
     if not {Variant(PLAIN), Variant(PLUS)} <= set(found):
         return []

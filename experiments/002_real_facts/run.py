@@ -1,7 +1,7 @@
 """How many real facts do dense and memory models recall, closed-book? See README.md.
 
 python experiments/002_real_facts/run.py --prepare entity_questions/train.jsonl.xz    # once, on any machine
-python experiments/002_real_facts/run.py --seconds 570                                # again until all is done
+python experiments/002_real_facts/run.py --seconds 570                                # repeat until all is done
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from factlab.runs import Result, Run
 
 VOCAB_SIZE = 4096
 LR, TABLE_LR = 1e-3, 1e-1
-"""Highest rates of the dense parameters and of the tables: the best of 001's gate."""
+"""Peak learning rates of the dense parameters and of the tables: the best of 001's gate."""
 FAMILIES = {
     "dense_x1": 0.0,
     "dense_x4": 0.0,
@@ -27,12 +27,12 @@ FAMILIES = {
     "memory_plus_large": TABLE_LR,
 }
 HEADLINE = ("dense_x1", "dense_x4", "memory_plus")
-"""Families that are trained from three seeds at the largest number of facts."""
+"""Families trained with three seeds on the largest number of facts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """The knobs of cost."""
+    """Parameters that determine the cost."""
 
     counts: tuple[int, ...]
     """Numbers of facts, the largest last."""
@@ -43,7 +43,7 @@ class Size:
 
 SIZES = {
     "full": Size(counts=(30_000, 120_000), exposures=60, seeds=3),
-    # Says only that everything runs: minutes on a CPU.
+    # Only shows that everything runs: minutes on a CPU.
     "small": Size(counts=(200,), exposures=30, seeds=1, settings=("--data.batch_size", "64")),
 }
 
@@ -55,7 +55,7 @@ def main() -> None:
         "--facts", type=pathlib.Path, default=ROOT / "runs/entity_questions.npz", help="what --prepare writes"
     )
     arguments = options.parse_args()
-    # Only now, so that --help need not wait.
+    # Imported late, so that --help is fast.
     from factlab.entity_questions import prepare
 
     from memjax.errors import DataError
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def runs_of(size: Size, file: pathlib.Path) -> list[Run]:
-    """Every family on every number of facts; the headline families again from other seeds."""
+    """Every family on every number of facts; the headline families also with other seeds."""
     plan = [(count, family, 0) for count in size.counts[::-1] for family in FAMILIES]
     plan += [(size.counts[-1], family, seed) for seed in range(1, size.seeds) for family in HEADLINE]
     return [
@@ -88,7 +88,7 @@ def runs_of(size: Size, file: pathlib.Path) -> list[Run]:
             facts={"file": str(file), "count": count},
             seed=seed,
             settings=size.settings,
-            # Tokens at the rate of one of four processes, after starting and compiling.
+            # Start and compilation, then tokens at the speed of one of four processes.
             seconds=50 + size.exposures * count * 20 / 2e6,
         )
         for count, family, seed in plan
@@ -96,7 +96,7 @@ def runs_of(size: Size, file: pathlib.Path) -> list[Run]:
 
 
 def report(rows: list[Result], folder: pathlib.Path) -> str:
-    """Exact match by number of facts and family, the same by relation, and the picture."""
+    """Exact match by number of facts and family, and by relation, and the figure."""
     groups = grouped(rows, lambda row: (row["facts"], row["family"]))
     if not groups:
         return ""
@@ -138,7 +138,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
 
 
 def picture(groups: dict[tuple[int, str], list[Result]], path: pathlib.Path) -> None:
-    """Exact match, and stored bits, by arithmetic."""
+    """Draws exact match and stored bits by arithmetic."""
     matches, bits = {}, {}
     for (count, family), runs in sorted(groups.items(), key=lambda group: group[1][0]["flops_per_token"]):
         name = f"{family.split('_')[0]}, {count:,} facts"

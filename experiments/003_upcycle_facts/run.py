@@ -1,4 +1,4 @@
-"""A dense model is given a memory beside two of its feed-forward layers, and learns 1,000 facts: see README.md."""
+"""Adds a memory beside two feed-forward layers of a dense model, and teaches it 1,000 facts: see README.md."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ TRAININGS = (
     ("half_text", 1.0, ("--optim.freeze_dense", "false", "--optim.lr", "1e-3", "--train.steps", "700")),
     ("half_text_faster", 1.0, ("--optim.freeze_dense", "false", "--optim.lr", "2e-3", "--train.steps", "900")),
 )
-"""Name, weight of the facts beside the text, and what differs from facts.yaml."""
+"""Name, weight of the facts relative to the text, and settings that differ from facts.yaml."""
 
 
 class Fact(NamedTuple):
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def write_facts(source: pathlib.Path, target: pathlib.Path) -> list[Fact]:
-    """Facts drawn evenly from all questions that have one answer only, as records for training."""
+    """Draws facts evenly from all questions with a single answer, and writes them as training records."""
     with lzma.open(source, "rt", encoding="utf-8") as lines:
         found = [json.loads(line) for line in lines]
     single = {row["question"]: row for row in found if len(row["answers"]) == 1}
@@ -82,31 +82,31 @@ def write_facts(source: pathlib.Path, target: pathlib.Path) -> list[Fact]:
 
 
 def shorten(source: pathlib.Path, target: pathlib.Path, size: int) -> pathlib.Path:
-    """The first lines of a file, about `size` bytes of them."""
+    """Copies the first lines of a file, about `size` bytes."""
     with source.open(encoding="utf-8") as lines:
         target.write_text("".join(lines.readlines(size)), encoding="utf-8")
     return target
 
 
 def over(base: pathlib.Path, changes: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
-    """A config of the changes that extends the base."""
+    """Writes a config that extends the base with the changes."""
     target.write_text(f"extends: {json.dumps(str(base.resolve()))}\n{changes.read_text()}")
     return target
 
 
 def run(config: pathlib.Path, folder: pathlib.Path, *settings: str) -> None:
-    """Trains, or leaves a finished run alone."""
+    """Trains, unless the run is finished."""
     if code := train.main([str(config), "--run.dir", str(folder), *settings]):
         raise SystemExit(f"{folder} ended with {code}")
 
 
 def read_seconds(folder: pathlib.Path) -> float:
-    """Seconds in training steps."""
+    """Seconds spent in training steps."""
     return round(json.loads((folder / "summary.json").read_text())["training_seconds"], 1)
 
 
 def measure(folder: pathlib.Path, facts: list[Fact], held_out: pathlib.Path) -> dict[str, Any]:
-    """Exact answers to the questions, and bits per byte of held-out text."""
+    """Share of questions answered exactly, and bits per byte of held-out text."""
     import memjax
     from memjax.evaluation.perplexity import bits_per_byte
     from memjax.evaluation.recall import recall

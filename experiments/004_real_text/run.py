@@ -1,7 +1,7 @@
 """Does memory pay on real text? See README.md.
 
 python experiments/004_real_text/run.py --prepare DATA FOLDER                     # once, on any machine
-python experiments/004_real_text/run.py --data FOLDER --gpus 4 --seconds 540      # again until all is done
+python experiments/004_real_text/run.py --data FOLDER --gpus 4 --seconds 540      # repeat until all is done
 python experiments/004_real_text/run.py --size small                              # CPU, minutes: shows that it runs
 """
 
@@ -25,19 +25,19 @@ from realtext.tables import report, summary
 SUMMARY = "<!-- made by experiments/004_real_text/run.py --report -->"
 STAGES = ("grid", "full", "134m", "others", "seeds", "large", "134m_others", "ablations", "long")
 TOKENS = 43e6
-"""Of the training text, for guesses of time and the steps of large models."""
+"""Tokens of the training text, for time estimates and the steps of large models."""
 
 MIDDLE = (2e-3, 1e-1)
 GRID = {
     "dense_x1": [(1e-3, 0.0), (2e-3, 0.0), (4e-3, 0.0)],
     "memory_plus": [(2e-3, 2e-2), (2e-3, 1e-1), (2e-3, 3e-1), (1e-3, 1e-1), (4e-3, 1e-1)],
 }
-"""Highest rates of the dense parameters and of the tables. The first are chosen by the dense model, the second by
-Memory+ at the middle one of the first."""
+"""Peak learning rates of the dense parameters and of the tables. The dense rate is that of the best dense model, the
+table rate that of the best Memory+ at the middle dense rate."""
 TABLE_FACTORS = {"memory": 3.0, "peer": 0.2}
-"""Rates of other tables over that of Memory+, as in the presets."""
+"""Rates of other tables relative to that of Memory+, as in the presets."""
 WIDTH = 384
-"""Of the models of the grid: wider models get the rates times WIDTH / dim."""
+"""Width of the grid's models; for wider models, rates are multiplied by WIDTH / dim."""
 
 AS_TEXT = (
     *("--data.source", "biographies", "--data.packing", "none", "--data.sequence_length", "512"),
@@ -45,7 +45,7 @@ AS_TEXT = (
     *("--optim.table.lr", "1.0", "--optim.table.schedule", "constant", "--optim.table.warmup_steps", "0"),
     *("--train.remat", "none"),
 )
-"""What presets need to be read and trained like the families."""
+"""Settings with which presets are trained like the families."""
 DENSE_X8 = ("--model.dim", "1024", "--model.num_layers", "16", "--model.num_heads", "16", "--model.ffn_dim", "2816")
 
 
@@ -57,9 +57,9 @@ class Family:
     has_table: bool = False
     dim: int = WIDTH
     settings: tuple[str, ...] = ()
-    """What the YAML lacks."""
+    """Settings in addition to the YAML."""
     speed: float = 1e6
-    """A guess of tokens per second, alone on an H200."""
+    """Estimated tokens per second, alone on an H200."""
 
 
 def _own(name: str, speed: float, **options: Any) -> Family:
@@ -92,7 +92,7 @@ OF_STAGE = {
     "long": ["memory_plus", "dense_x2", "dense_x1"],
 }
 HEADLINE = ("dense_x1", "memory_plus", "dense_x2")
-"""Families that are trained from three seeds."""
+"""Families trained with three seeds."""
 
 ABLATIONS = (
     (),
@@ -112,7 +112,7 @@ ABLATIONS = (
     ("--optim.table.stochastic_rounding", "false"),
     ("--optim.key_lr_factor", "1.0"),
 )
-"""Changes of memory_plus, the most interesting first; slots are chosen so that the tables hold the same bytes."""
+"""Changes to memory_plus, the most interesting first; numbers of slots keep the size of the tables in bytes."""
 LARGE = {
     "1.3b_memory_plus": _preset("1.3b_memory_plus_1m", 25e3, 2048, has_table=True),
     "720m_memory_plus": _preset("720m_memory_plus_1m", 45e3, 1536, has_table=True),
@@ -123,38 +123,38 @@ LARGE_STEPS, LARGE_RATES = 50, (2e-4, 2e-2)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRun(FamilyTraining):
-    """One training on text; exposures are epochs."""
+    """A training run on text; exposures are epochs."""
 
     data: str
     """The prepared folder."""
     work: str
-    """Its tokens."""
+    """The folder of its tokens."""
     changed: tuple[str, ...] = ()
-    """Of the settings those that make the run another one than its family."""
+    """The settings that differ from the family's."""
     points: int = 10
     """How often the model is measured."""
     measures: str = "all"
-    """Of the measures all, or only those of the curve, or the loss alone."""
+    """all, curve or loss; see `TextTrainer.run`."""
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """Without the settings of the family."""
+        """The settings without those of the family."""
         return self.changed
 
     @property
     def name(self) -> str:
-        """By its stage, family, rates and changes."""
+        """A name from stage, family, rates and changes."""
         return self.named()
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """All that a compiled program depends on."""
+        """Everything that a compiled program depends on."""
         return self.config, self.settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """The knobs of cost."""
+    """Parameters that determine the cost."""
 
     epochs: float
     grid_epochs: float
@@ -163,7 +163,7 @@ class Size:
     seeds: int
     tokens: float = TOKENS
     families: tuple[str, ...] | None = None
-    """None: all."""
+    """Families to run; None: all."""
     settings: tuple[str, ...] = ()
     memory_settings: tuple[str, ...] = ()
     points: int = 10
@@ -172,7 +172,7 @@ class Size:
 
 SIZES = {
     "full": Size(epochs=2, grid_epochs=0.25, long_epochs=4, ablation_epochs=1, seeds=3),
-    # Says only that everything runs: a minute or two on a CPU.
+    # Only shows that everything runs: a minute or two on a CPU.
     "small": Size(
         epochs=2,
         grid_epochs=1,
@@ -233,8 +233,8 @@ def main() -> None:
 
 
 def tokenise(data: pathlib.Path, work: pathlib.Path, *, generated: bool) -> None:
-    """Makes the tokens where they are not there yet."""
-    # Only now, so that --help and --plan need not wait.
+    """Tokenises the data, unless that has been done."""
+    # Imported late, so that --help and --plan are fast.
     from realtext import corpus
     from realtext import generated as people
 
@@ -250,7 +250,7 @@ def tokenise(data: pathlib.Path, work: pathlib.Path, *, generated: bool) -> None
 
 
 def describe(row: Result) -> str:
-    """What the line of a finished run says of its result."""
+    """Summary of a finished run's result, for its progress line."""
     last = row["curve"][-1]
     shown = "not finite" if last["loss"] is None else f"loss {last['loss']:.3f}"
     if "bits_per_byte" in last:
@@ -260,7 +260,7 @@ def describe(row: Result) -> str:
 
 
 def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work: str) -> list[TextRun]:
-    """The runs of a stage; but for the grid, at the rates that it found best."""
+    """The runs of a stage; all except the grid use its best rates."""
 
     def one(
         family: str,
@@ -314,7 +314,7 @@ def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work:
 
 
 def large(family: str, data: str, work: str) -> TextRun:
-    """A few steps of a large model, to see that it trains and how fast."""
+    """A few steps of a large model, to check that it trains and how fast."""
     of = LARGE[family]
     return TextRun(
         stage="large",
@@ -334,7 +334,7 @@ def large(family: str, data: str, work: str) -> TextRun:
 
 
 def seconds_of(family: str, of: Family, tokens: float, points: int, results: dict[str, Result]) -> float:
-    """A guess, by the fastest run of the family so far: others may have shared their GPU."""
+    """Estimated time, from the fastest run of the family so far: others may have shared their GPU."""
     known = [row["tokens_per_second"] for row in results.values() if row["family"] == family]
     speed = max(known, default=0) or of.speed
     slower = FAMILIES["dense_x1"].speed / of.speed
@@ -342,7 +342,7 @@ def seconds_of(family: str, of: Family, tokens: float, points: int, results: dic
 
 
 def rates_of(family: str, results: dict[str, Result]) -> tuple[float, float]:
-    """The rates of the grid for a family; the middle ones where the grid has not been run."""
+    """The grid's best rates, scaled for a family; the middle ones if the grid has not been run."""
     lr = best_of_grid("dense_x1", results, MIDDLE[0])["lr"]
     table_lr = best_of_grid("memory_plus", results, MIDDLE[0])["table_lr"]
     of = FAMILIES[family]
@@ -352,7 +352,7 @@ def rates_of(family: str, results: dict[str, Result]) -> tuple[float, float]:
 
 
 def best_of_grid(family: str, results: dict[str, Result], middle: float) -> dict[str, float]:
-    """The rates of the grid's best run of a family, of Memory+ only at the middle rate of the dense parameters."""
+    """The grid's best run of a family; for Memory+, only runs at the middle dense rate count."""
     tried: Iterable[Result] = (row for row in results.values() if (row["stage"], row["family"]) == ("grid", family))
     comparable = [row for row in tried if row["healthy"] and (family == "dense_x1" or row["lr"] == middle)]
     if not comparable:

@@ -1,7 +1,7 @@
 """What does a model forget when it learns new facts? See README.md.
 
-python experiments/005_continual_learning/run.py --size small                              # CPU, minutes: it runs
-python experiments/005_continual_learning/run.py --data FOLDER --gpus 4 --seconds 540      # again until all is done
+python experiments/005_continual_learning/run.py --size small                              # CPU, minutes: a check
+python experiments/005_continual_learning/run.py --data FOLDER --gpus 4 --seconds 540      # repeat until all is done
 """
 
 import dataclasses
@@ -30,44 +30,44 @@ ROW_RATES = {"rowwise_adam": (0.1, 0.3, 1.0), "sgd": (100.0, 300.0, 1000.0)}
 DENSE_RATES = {"lora": (1e-4, 3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4, 1e-3)}
 RANKS = (32, 128)
 COMPARED = ("sparse", "lora", "full")
-"""Methods that are also taught in parts, on CounterFact and on the larger base."""
+"""Methods also tested in parts, on CounterFact and on the larger base."""
 LARGER = (
     *("--model.dim", "768", "--model.num_layers", "12", "--model.num_heads", "12", "--model.ffn_dim", "2048"),
     *("--model.memory.layers", "2,6,10", "--model.memory.num_keys", "1024", "--model.memory.key_dim", "384"),
     *("--model.memory.top_k", "32", "--optim.lr", "1.0e-3", "--optim.table.lr", "0.05"),
 )
-"""The base in the width and depth of 134m_memory_plus_1m, at half the rates."""
+"""The base with the width and depth of 134m_memory_plus_1m, at half the learning rates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """The knobs of cost."""
+    """Parameters that determine the cost."""
 
     old: int
-    """Facts of the base's training."""
+    """Facts that the base is trained on."""
     new: int
     """Facts to learn."""
     edits: int
     """Facts of CounterFact."""
     parts: int = 10
     articles: int
-    """Of Wikipedia in the base's training."""
+    """Wikipedia articles that the base is trained on."""
     held_out: int
     """Characters of each held-out article."""
     background: int
-    """Articles and statements each that reads are counted over."""
+    """Number of articles, and of statements, over which background reads are counted."""
     epochs: int
     """Passes over the facts to learn."""
     seeds: int
     settings: tuple[str, ...] = ()
-    """What the base's YAML has otherwise."""
+    """Settings that override the base's YAML."""
     rows: tuple[int, ...] = ROWS
     few: tuple[int, ...] = (50, 500)
-    """t of the methods that sparse is compared with."""
+    """Values of t for the methods compared with sparse."""
     sgd_from: int = 200
-    """SGD is not tried with a smaller t."""
+    """Smallest t tried with SGD."""
     rates: int | None = None
-    """Rates of each method, from the second of its list; None: all."""
+    """Number of rates tried per method, from the second of its list; None: all."""
 
 
 SIZES = {
@@ -80,10 +80,10 @@ SIZES = {
         background=10_000,
         epochs=4,
         seeds=3,
-        # Facts are short: one thread makes batches of them at a quarter of the speed of the training.
+        # Facts are short: a single thread builds batches at a quarter of the training speed.
         settings=("--data.num_workers", "4"),
     ),
-    # Says only that everything runs.
+    # Only shows that everything runs.
     "small": Size(
         old=24,
         new=4,
@@ -109,7 +109,7 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Training):
-    """One way to teach one base; the seed is that of the base."""
+    """One method applied to one base; the seed is that of the base."""
 
     method: dict[str, Any]
     how: str
@@ -124,12 +124,12 @@ class Run(Training):
 
     @property
     def family(self) -> str:
-        """What the tables call the method."""
+        """Name of the method in tables."""
         return self.method["name"]
 
     @property
     def name(self) -> str:
-        """Tells it from all others."""
+        """A unique name."""
         told = " ".join(f"{name}{value}" for name, value in self.method.items() if value and name != "name")
         return f"{self.how} {self.family} {told} {'larger ' if self.larger else ''}base{self.seed}"
 
@@ -139,7 +139,7 @@ class Run(Training):
         return self.seed, self.how, self.larger
 
     def row(self) -> Result:
-        """What the results say of it beside what was measured."""
+        """Its description in the results, without measures."""
         told = {name: value for name, value in self.method.items() if name not in ("name", "rows")}
         told["rows_given"] = self.method["rows"]
         return {
@@ -186,8 +186,8 @@ def main() -> None:
 
 
 def runs_of(stage: str, results: dict[str, Result], size: Size, data: str, work: str) -> Iterable[Run]:
-    """Bases at the same time; a grid on the first, and rates between its own; what was chosen of them in parts, merged,
-    on the other bases, on CounterFact, and on a larger base."""
+    """The runs of a stage: all bases; a grid on the first, then rates between the grid's; then the chosen settings in
+    parts, merged, on the other bases, on CounterFact, and on a larger base."""
     fields = {
         name: value
         for name, value in dataclasses.asdict(size).items()
@@ -224,12 +224,12 @@ def runs_of(stage: str, results: dict[str, Result], size: Size, data: str, work:
 
 
 def _between(tried: Iterable[Result]) -> Iterator[dict[str, Any]]:
-    """Of each method with its t or rank the rate in the middle, as a factor, of the highest that learns too little and
-    the lowest that learns enough. Of LoRA and full finetuning, where the lowest learns enough, a third of it."""
+    """For each method and its t or rank, the geometric mean of the highest rate that learns too little and the lowest
+    that learns enough. For LoRA and full finetuning, if the lowest rate learns enough, a third of it."""
     alike = lambda row: (row["family"], row["rows_given"], row["rank"], row["optimizer"])
     for rows in grouped(tried, alike).values():
         enough = min((row["lr"] for row in rows if row["paraphrases"] >= LEARNED), default=0.0)
-        # Above the lowest that learns enough a rate can also be so high that nothing is learned.
+        # Rates above the lowest that learns enough may also learn too little, by being too high.
         less = max((row["lr"] for row in rows if row["lr"] < enough), default=0.0)
         if not enough or not (less or rows[0]["family"] in DENSE_RATES):
             continue
@@ -238,7 +238,7 @@ def _between(tried: Iterable[Result]) -> Iterator[dict[str, Any]]:
 
 
 def _method_of(row: Result) -> dict[str, Any]:
-    """As it was given to the run of the row."""
+    """The method of the run that gave the row."""
     last = {name: row[name] for name in ("rank", "optimizer", "epochs")}
     return {"name": row["family"], "lr": row["lr"], "rows": row["rows_given"], **last}
 
@@ -264,7 +264,7 @@ def _method(name: str, lr: float, size: Size, **options: Any) -> dict[str, Any]:
 
 
 def described(result: Result) -> str:
-    """What the line of a finished run says."""
+    """Summary of a finished run, for its progress line."""
     learned = result.get("paraphrases", result.get("efficacy", 0.0))
     return f"learned {learned:.3f}, old lost {result['old_lost']:.3f}, bits {result['bits_more']:+.2%}"
 

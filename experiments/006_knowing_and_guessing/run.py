@@ -1,4 +1,4 @@
-"""Does a model know what it does not know, and does a memory tell? See README.md.
+"""Does a model know what it does not know, and does its memory show it? See README.md.
 
 python experiments/006_knowing_and_guessing/run.py --stage people questions --seconds 570
 """
@@ -22,22 +22,22 @@ from factlab.runs import Result, Run
 
 MIDDLE_LR = 1e-3
 PEOPLE = {"dense_x1": 0.0, "dense_x4": 0.0, "moe": 0.0, "peer": 2e-2, "memory": 3e-1, "memory_plus": 1e-1}
-"""Families of 001 with the table rates of its full runs."""
+"""Families of 001, with the table rates of its full runs."""
 QUESTIONS = {"dense_x1": 0.0, "dense_x4": 0.0, "memory_plus": 1e-1, "memory_plus_large": 1e-1}
-"""Families of 002 with its rates."""
+"""Families of 002, with its table rates."""
 TOLD = "0-1-2-4-8-16-32-64"
-"""How often the facts of the first person are told, of the second, and so on, again from the ninth."""
+"""How often the facts of each person are stated, repeating after the eighth person."""
 OUTPUTS = ("answer", "top", "margin", "entropy")
 """Signals that every model has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """The knobs of cost."""
+    """Parameters that determine the cost."""
 
     people: int
     asked: int
-    """Facts of EntityQuestions; those that are told come first."""
+    """Number of facts of EntityQuestions; those stated in training come first."""
     told: int
     exposures: float
     seeds: int
@@ -46,7 +46,7 @@ class Size:
 
 SIZES = {
     "full": Size(people=128_000, asked=42_000, told=30_000, exposures=60, seeds=3),
-    # Says only that everything runs: minutes on a CPU.
+    # Only shows that everything runs: minutes on a CPU.
     "small": Size(people=64, asked=300, told=200, exposures=5, seeds=1, settings=("--data.batch_size", "64")),
 }
 
@@ -61,12 +61,12 @@ def main() -> None:
         print(f"{arguments.facts}: there is no such file; make it with 002's --prepare first", file=sys.stderr)
         raise SystemExit(3)
     size = SIZES[arguments.size]
-    # Neither stage follows from the other.
+    # The stages are independent.
     command.serve(arguments, HERE, lambda stage, _: runs_of(stage, size, arguments.facts), report, awaited=())
 
 
 def runs_of(stage: str, size: Size, file: pathlib.Path) -> list[Run]:
-    """Every family from every seed."""
+    """Every family with every seed."""
     if stage == "people":
         families, source, exposures = PEOPLE, "001_fact_capacity", 1.0
         facts: dict[str, Any] = {"people": size.people, "told": TOLD}
@@ -87,7 +87,7 @@ def runs_of(stage: str, size: Size, file: pathlib.Path) -> list[Run]:
             seed=seed,
             settings=size.settings,
             measure="guessing",
-            # Tokens at the rate of one of four processes, after starting and compiling.
+            # Start and compilation, then tokens at the speed of one of four processes.
             seconds=60 + tokens / 1.5e6,
         )
         for seed in range(size.seeds)
@@ -96,7 +96,7 @@ def runs_of(stage: str, size: Size, file: pathlib.Path) -> list[Run]:
 
 
 def report(rows: list[Result], folder: pathlib.Path) -> str:
-    """Tables of each stage, and the picture of the people's."""
+    """The tables of each stage, and the figure of the stage `people`."""
     order = {"people": tuple(PEOPLE), "questions": tuple(QUESTIONS)}
     titles = {"people": "Generated people", "questions": "EntityQuestions"}
     parts = []
@@ -125,12 +125,12 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
 
 
 def _levels(row: Result) -> list[str]:
-    """How often facts were told, rising, without those never told."""
+    """How often facts were stated, in ascending order, without 0."""
     return sorted((level for level in row["guessing"]["levels"] if level != "0"), key=int)
 
 
 def answered(groups: dict[str, Rows]) -> str:
-    """Recall by exposures; how surely the model answers where it cannot know."""
+    """Recall by exposures, and the model's confidence where it cannot know the answer."""
     levels = _levels(next(iter(groups.values()))[0])
     head = ("family", *(f"told {level}x" for level in levels))
     head += ("never told: right", "mean probability", "probability at least 0.5")
@@ -147,7 +147,7 @@ def answered(groups: dict[str, Rows]) -> str:
 
 
 def outputs(groups: dict[str, Rows]) -> str:
-    """AUROC of what every model puts out, its calibration, and its errors by coverage."""
+    """AUROC of signals from the output, calibration, and errors by coverage."""
     most = _levels(next(iter(groups.values()))[0])[-1]
     head = ("family", *(f"told {most}x against never: {signal}" for signal in OUTPUTS))
     head += ("right against never told", "right against wrong", "calibration error, told", "never told")
@@ -164,7 +164,7 @@ def outputs(groups: dict[str, Rows]) -> str:
 
 
 def memories(groups: dict[str, Rows]) -> str:
-    """AUROC of what the memories show, beside the probability of the answer."""
+    """AUROC of signals from the memory layers."""
     most = _levels(next(iter(groups.values()))[0])[-1]
     against = (most, "known", "right")
     lines = []
@@ -187,12 +187,12 @@ def memories(groups: dict[str, Rows]) -> str:
 
 
 def _at(*path: str) -> Callable[[Result], Any]:
-    """What stands at a path of what was measured."""
+    """The value at a path in the measures."""
     return lambda row: functools.reduce(operator.getitem, path, row["guessing"])
 
 
 def _spread(runs: Rows, value: Callable[[Result], Any], form: str = ".1%") -> str:
-    """Mean, lowest and highest; nothing where a run has no figure, as where it answers nothing right."""
+    """Mean, lowest and highest; empty if a run has no value, for example because it answers nothing correctly."""
     return "" if any(value(row) is None for row in runs) else spread(runs, value, form)
 
 
@@ -202,7 +202,7 @@ def _mean(runs: Rows, value: Callable[[Result], Any], form: str) -> str:
 
 
 def picture(groups: dict[str, Rows], path: pathlib.Path) -> None:
-    """By exposures: recall, and the AUROC of told against never told."""
+    """Draws recall, and the AUROC of stated against never stated facts, by exposures."""
     recall, told, scores = {}, {}, {}
     for family, runs in groups.items():
         levels = _levels(runs[0])
@@ -213,7 +213,7 @@ def picture(groups: dict[str, Rows], path: pathlib.Path) -> None:
         told[family] = points("signals", "answer")
         if family == "memory":
             scores = {"memory, key score": points("signals", "L2 score")}
-    # Last, so that a family has one colour in both panels.
+    # Last, so that a family has the same colour in both panels.
     told |= scores
     panels = [
         ("Recall", "share of the facts", recall),

@@ -1,1 +1,1 @@
-"""What the experiments on facts share: facts as token arrays, quick trainings with memjax's step, many runs at once."""
+"""Shared code of the experiments: facts as token arrays, fast training with memjax's step, many concurrent runs."""

@@ -1,4 +1,4 @@
-"""The command line that the experiments share: stages of runs, a time limit, results that grow from call to call."""
+"""The shared command line of the experiments: stages of runs, a time limit, results that accumulate over calls."""
 
 import argparse
 import pathlib
@@ -12,7 +12,7 @@ from factlab.runs import Pool, Result, Training, read_results
 RunsOf = Callable[[str, dict[str, Result]], Sequence[Training]]
 """The runs of a stage, given the results so far."""
 Report = Callable[[list[Result], pathlib.Path], str]
-"""README's tables of results; pictures are written into the folder."""
+"""Returns the README's tables of results, and writes figures into the folder."""
 
 
 def parser(description: str | None, *, stages: Sequence[str], sizes: Sequence[str], folder: pathlib.Path):
@@ -40,15 +40,15 @@ def serve(
     awaited: Sequence[str] | None = None,
     **of_pool: Any,
 ) -> None:
-    """Runs the stages that were asked for as far as the time allows, or writes the report of the committed results.
+    """Runs the requested stages as far as time allows, or writes the report of the committed results.
 
     Args:
-        arguments: of the command line.
-        folder: the experiment's.
-        runs_of: its runs.
-        report: writes its README's tables.
-        deadline: where --seconds have begun before this call.
-        awaited: stages that must end before the next one begins, because its runs follow from them; None: all.
+        arguments: the parsed command line.
+        folder: the experiment's folder.
+        runs_of: returns the runs of a stage.
+        report: returns the README's tables.
+        deadline: overrides --seconds, if they began before this call.
+        awaited: stages that must end before the next begins, because its runs depend on them; None: all.
         of_pool: options of the Pool.
     """
     if arguments.report:
@@ -58,7 +58,7 @@ def serve(
     if deadline is None and arguments.seconds is not None:
         deadline = time.time() + arguments.seconds
     path = arguments.out / f"{arguments.size}.json"
-    # What is committed need not be run again, wherever new results go.
+    # Committed results are not run again, wherever new ones are written.
     results = read_results(path, folder / "results" / path.name)
     pool = Pool(path, results, jobs=arguments.jobs, gpus=arguments.gpus, deadline=deadline, **of_pool)
     still_open: list[str] = []
@@ -76,7 +76,7 @@ def serve(
 
 
 def _together(stages: Sequence[str], awaited: Sequence[str] | None) -> list[list[str]]:
-    """The stages in groups, of which each begins when the one before it has ended."""
+    """Groups stages so that each group begins only when the previous one has ended."""
     groups: list[list[str]] = []
     for stage in stages:
         if not groups or awaited is None or groups[-1][-1] in awaited:

@@ -1,7 +1,7 @@
-"""Real facts: EntityQuestions (arXiv:2109.08535) told in four wordings a relation and asked in the set's own question.
+"""Real facts: EntityQuestions (arXiv:2109.08535), stated in four wordings per relation and tested by its questions.
 
-The set is read from a file that its user gives (JSON lines with relation, subject, question and answers, .xz or not).
-`prepare` makes token arrays of it once; `question_rows` reads as many of its facts as a run wants.
+The user provides the file (JSON lines with relation, subject, question and answers, optionally .xz). `prepare` converts
+it once to token arrays, from which `question_rows` reads as many facts as a run needs.
 """
 
 import collections
@@ -43,12 +43,12 @@ STATEMENTS = {
     "P740": ("{} was formed in", "{} started in", "The place where {} began is", "{} has its origin in"),
     "P800": ("{} is famous for", "A notable work of {} is", "{} is best known for", "The fame of {} rests on"),
 }
-"""Four wordings of each relation; the answer follows. P495, P413, P106, P407 and P17 are left out: whoever always says
-the commonest answer is right in 22 to 72 % of their questions."""
+"""Four wordings of each relation; the answer follows. P495, P413, P106, P407 and P17 are excluded: always giving the
+commonest answer is correct for 22 to 72 % of their questions."""
 
 LEFT_OUT = ("P495", "P413", "P106", "P407", "P17")
 MAX_LENGTH = 20
-"""Tokens that the model reads of a row; facts with a longer one are left out."""
+"""Tokens per row; facts with a longer row are excluded."""
 
 
 class Fact(NamedTuple):
@@ -56,11 +56,11 @@ class Fact(NamedTuple):
     subject: str
     question: str
     answers: tuple[str, ...]
-    """All that are accepted; the first is told."""
+    """All accepted answers; the first one is stated in training."""
 
 
 def read_facts(path: pathlib.Path) -> list[Fact]:
-    """The facts of the relations above, each subject of a relation once, in the file's order.
+    """The facts of the relations above in file order, one per subject and relation.
 
     Raises:
         DataError: the file is missing, or a line is not a question of EntityQuestions.
@@ -84,7 +84,7 @@ def read_facts(path: pathlib.Path) -> list[Fact]:
 
 
 def prepare(source: pathlib.Path, target: pathlib.Path, *, vocab_size: int, seed: int = 0) -> int:
-    """Writes the facts in all wordings as token arrays, in random order; returns how many they are."""
+    """Writes the facts in all wordings as token arrays, in random order; returns their number."""
     facts = read_facts(source)
     facts = [facts[i] for i in np.random.default_rng(seed).permutation(len(facts))]
     prompts = [
@@ -125,14 +125,14 @@ def prepare(source: pathlib.Path, target: pathlib.Path, *, vocab_size: int, seed
 
 
 class Questions(NamedTuple):
-    """What `prepare` wrote, of some facts."""
+    """Facts read from the file that `prepare` wrote."""
 
     rows: FactRows
     accepted: list[list[str]]
     tokenizer: Tokenizer
 
     def grade(self, written: dict[int, list[int]]) -> dict[str, Any]:
-        """Exact match, as for SQuAD, of answers that a model wrote (token ids by number of the fact), by relation."""
+        """Exact match (as for SQuAD) of generated answers (token ids by fact index), overall and by relation."""
         right = collections.defaultdict(list)
         for fact, ids in written.items():
             text = self.tokenizer.decode(ids[: ids.index(EOS)] if EOS in ids else ids)
@@ -147,7 +147,7 @@ class Questions(NamedTuple):
         }
 
     def _guessed(self, facts: list[int]) -> float:
-        """Exact match of who always says the commonest answer of the relation."""
+        """Exact match of always giving the relation's commonest answer."""
         groups = self.rows.groups.tolist()
         told = collections.defaultdict(collections.Counter)
         for group, accepted in zip(groups, self.accepted, strict=True):
@@ -157,10 +157,10 @@ class Questions(NamedTuple):
 
 
 def question_rows(path: pathlib.Path, count: int | None, told: int | None = None) -> Questions:
-    """The first `count` facts (all for None). Training never asks the questions of every second fact.
+    """The first `count` facts (None: all). Training never includes the question of every second fact.
 
-    With `told` only so many are told in training; of the others those are kept whose subject is neither the subject nor
-    an answer of a fact that is.
+    With `told`, only that many facts are stated in training; others are kept only if their subject is neither the
+    subject nor an answer of a stated fact.
 
     Raises:
         DataError: the file is missing or holds fewer facts.

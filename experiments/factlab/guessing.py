@@ -1,7 +1,7 @@
-"""Does a model know what it does not know? Signals of confidence, of facts told often, seldom and never.
+"""Does a model know what it does not know? Confidence signals for facts stated often, seldom and never.
 
-Every signal is meant to be higher where the model knows the answer; which way round it works is fixed here, not chosen
-by what comes out.
+Every signal is expected to be higher if the model knows the answer; its sign is fixed in advance, not chosen from the
+results.
 """
 
 import functools
@@ -20,23 +20,23 @@ from memjax.knowledge.reads import LayerRun, run_layers, tables_of
 from memjax.training.state import TrainState
 
 MOST = 9_000
-"""Questions about facts that were told equally often."""
+"""Maximum number of questions about facts stated equally often."""
 COVERAGES = (0.5, 0.8, 0.95)
 SURE = 0.5
-"""Probability of the whole answer from which an answer counts as given with confidence."""
+"""Answers count as confident from this probability of the whole answer."""
 BINS = 15
 
 Values = dict[str, np.ndarray]
 
 
 def measure(trainer: FactTrainer, state: TrainState, *, epochs: float, most: int = MOST) -> dict[str, Any]:
-    """What the model answers to questions in the test's wording, and how well each signal tells what it knows.
+    """Tests a model in the test wording, and how well each signal tells what it knows.
 
-    `levels` has, by how often a fact was told: questions, share right, mean probability of the answers, share given
-    with confidence, and calibration error. `signals` has the AUROC of each signal: of facts told so often against those
-    never told (by the number), of right answers against those to never told (`known`), and of right against wrong
-    among all that were told (`right`). `wrong_at` has the share of wrong answers among the most confident share of the
-    questions about told facts.
+    `levels` holds, by how often a fact was stated: number of questions, share answered correctly, mean probability of
+    the answers, share of confident answers, and calibration error. `signals` holds the AUROC of each signal: facts
+    stated n times against those never stated (by n), correct answers against those about facts never stated (`known`),
+    and correct against wrong answers among all stated facts (`right`). `wrong_at` holds the share of wrong answers
+    among the most confident ones about stated facts, by coverage.
     """
     chosen, times = choose(trainer.rows, epochs, most)
     found = _ask(trainer, state, chosen)
@@ -53,9 +53,9 @@ def measure(trainer: FactTrainer, state: TrainState, *, epochs: float, most: int
 
 
 def choose(rows: FactRows, epochs: float, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many facts of each number of tellings, and that number.
+    """Chooses at most `most` facts for each number of statements; returns the facts, and how often each was stated.
 
-    Where training asks in the test's wording about some facts, it does not about those that are chosen.
+    Facts whose test wording is part of the training data are not chosen.
     """
     kept, rng = rows.first_wording > 0, np.random.default_rng(0)
     usable = (kept | (rows.told == 0)) if kept.any() else ~kept
@@ -82,9 +82,9 @@ def _aurocs(values: np.ndarray, times: np.ndarray, right: np.ndarray, kinds: np.
 
 
 def auroc_within(kinds: np.ndarray, values: np.ndarray, higher: np.ndarray, lower: np.ndarray) -> float | None:
-    """AUROC among the questions about an attribute or relation, mean over them by how many of `higher` each has.
+    """AUROC within each attribute or relation, averaged with the number of `higher` as weights.
 
-    So no signal gains by telling attributes apart, of which some are easier.
+    Thus no signal profits from distinguishing attributes, some of which are easier.
     """
     parts = []
     for kind in np.unique(kinds):
@@ -98,7 +98,7 @@ def auroc_within(kinds: np.ndarray, values: np.ndarray, higher: np.ndarray, lowe
 
 
 def auroc(higher: np.ndarray, lower: np.ndarray) -> float | None:
-    """How often a value of the first is above one of the second, ties half; None where one of them is empty."""
+    """How often a value of the first exceeds one of the second, ties counting half; None if either is empty."""
     if not len(higher) or not len(lower):
         return None
     lower = np.sort(lower)
@@ -107,23 +107,23 @@ def auroc(higher: np.ndarray, lower: np.ndarray) -> float | None:
 
 
 def calibration_error(probability: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error: mean distance of probability and share right, in bins of equal width."""
+    """Expected calibration error: mean distance between probability and accuracy, in bins of equal width."""
     place = np.minimum((probability * BINS).astype(int), BINS - 1)
     gaps = np.bincount(place, probability - right, BINS)
     return float(np.abs(gaps).sum() / len(right))
 
 
 def wrong_at(coverage: float, confidence: np.ndarray, right: np.ndarray) -> float:
-    """The share of wrong answers when only the most confident share of the questions is answered."""
+    """The share of wrong answers if only the most confident `coverage` of the questions is answered."""
     answered = np.argsort(-confidence, kind="stable")[: max(1, round(coverage * len(right)))]
     return float(1 - right[answered].mean())
 
 
 def _ask(trainer: FactTrainer, state: TrainState, facts: np.ndarray) -> Values:
-    """Which answers are right, and every signal, in the order of the facts."""
+    """Correctness of the answers, and every signal, in the order of the facts."""
     size, found, ask = min(trainer.test_rows, len(facts)), [], _program(trainer)
     for start in range(0, len(facts), size):
-        # One shape for all: the last part is filled up with facts that are asked twice.
+        # The last batch repeats facts, so that all have the same shape.
         some = np.resize(facts[start : start + size], size)
         questions = trainer.rows.tokens[some, 0], trainer.rows.answers[some, 0]
         found.append(jax.device_get(ask(state, *questions)))
@@ -132,7 +132,7 @@ def _ask(trainer: FactTrainer, state: TrainState, facts: np.ndarray) -> Values:
 
 @functools.lru_cache
 def _program(trainer: FactTrainer) -> Any:
-    """Compiled once for all runs of a model."""
+    """The test, compiled once for all runs of a model."""
     return jax.jit(functools.partial(_examined, trainer))
 
 
@@ -173,7 +173,7 @@ def _examined(trainer: FactTrainer, state: TrainState, tokens: Array, answers: A
 
 
 def _of_memory(layer: Any, run: LayerRun, reads: Array, moments: Array) -> Mapping[str, Float[Array, " t"]]:
-    """Signals of a layer at every token."""
+    """Signals of a memory layer at every token."""
     scores, slots = layer.keys.search(layer.keys.queries(run.inputs))
     weights = jax.nn.softmax(layer.keys.score_scale * scores.astype(jnp.float32), axis=-1)
     slots = slots.reshape(slots.shape[0], -1)

@@ -1,4 +1,4 @@
-"""Files of JSON lines, compressed or not."""
+"""JSON lines files, compressed or not."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Tables and plots of results, made from their JSON alone."""
+"""Tables and plots, made only from the results' JSON."""
 
 import pathlib
 import statistics
@@ -18,7 +18,7 @@ Key = tuple[Any, ...]
 
 
 def grouped(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, Rows]:
-    """The results by a key, in the order of their first."""
+    """Groups results by a key, in order of first appearance."""
     groups: dict[Key, Rows] = {}
     for row in results:
         groups.setdefault(key(row), []).append(row)
@@ -26,37 +26,37 @@ def grouped(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key
 
 
 def spread(rows: Rows, value: Callable[[Result], float], form: str = ".1%") -> str:
-    """The mean over some runs, with the lowest and the highest where there are several."""
+    """The mean over runs, with the lowest and the highest if there are several."""
     values = [value(row) for row in rows]
     mean = format(statistics.mean(values), form)
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
 def bits_per_parameter(row: Result) -> float:
-    """Stored bits over all parameters."""
+    """Stored bits divided by the number of parameters."""
     return row["stored_bits"] / row["parameters"]["total"]
 
 
 def millions(count: float) -> str:
-    """A count in millions; nothing for none."""
+    """A count in millions; empty for 0."""
     return f"{count / 1e6:.2f} M" if count else ""
 
 
 def settings(row: Result) -> str:
-    """What a run changed in its family's config."""
+    """The settings by which a run differs from its family's config."""
     pairs = zip(*[iter(row["settings"])] * 2, strict=True)
     words = [f"`{name.removeprefix('--')}` {value}" for name, value in pairs]
     return ", ".join(words + (["perfect address"] if row["perfect_address"] else [])) or "-"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write_into(readme: pathlib.Path, text: str, begin: str = BEGIN) -> None:
-    """Replaces what stands between the marks."""
+    """Replaces the text between the marks."""
     before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
     _, mark, after = rest.partition(END)
     if not mark:
@@ -70,10 +70,10 @@ def draw(
     x_label: str | Sequence[str],
     styles: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
-    """A picture of panels: title, label of y, and points (x, values of the seeds) by name; bars are their spread.
+    """Draws panels of (title, y label, points by name), with points (x, values over seeds); error bars are the range.
 
-    `x_label` is one for all panels, or one for each. Numbers get a logarithmic axis, names one of categories. `styles`
-    are matplotlib's options of a line, by name.
+    `x_label` is one label for all panels, or one per panel. Numeric x gets a logarithmic axis, names a categorical one.
+    `styles` holds matplotlib's line options by name.
     """
     x_labels = [x_label] * len(panels) if isinstance(x_label, str) else x_label
     import matplotlib

@@ -1,4 +1,4 @@
-"""Facts in all their wordings as token ids in arrays, made once, so that a batch is a single gather on the device."""
+"""Facts in all wordings as arrays of token ids, built once, so that a batch is a single gather on the device."""
 
 import math
 from collections.abc import Sequence
@@ -16,33 +16,33 @@ Ints = NDArray[np.integer]
 
 
 class FactRows(NamedTuple):
-    """A sentence for each fact and wording; wording 0 is the one that tests ask in."""
+    """A sentence for each fact and wording; wording 0 is the test wording."""
 
     tokens: Ints
-    """[facts, wordings, length + 1]: the begin token, prompt, answer, the end token, padding."""
+    """[facts, wordings, length + 1]: BOS, prompt, answer, EOS, padding."""
     answers: Ints
-    """[facts, wordings, 2]: where the answer begins in `tokens`, and where it ends, the end token included."""
+    """[facts, wordings, 2]: start and end of the answer in `tokens`, including EOS."""
     first_wording: Ints
-    """[facts]: the first wording that training shows; 1 where the test's wording is kept from it."""
+    """[facts]: the first training wording; 1 if the test wording is held out."""
     groups: Ints
-    """[facts]: number of the attribute or relation."""
+    """[facts]: index of the attribute or relation."""
     bits: NDArray[np.floating]
-    """[facts]: information of the answer given only how often each answer occurs."""
+    """[facts]: information of the answer, given only the frequency of each answer."""
     group_names: tuple[str, ...]
     vocab_size: int
     told: Ints
-    """[facts]: how often training tells each fact in an epoch; 0 for what only tests ask about."""
+    """[facts]: how often an epoch states each fact; 0 for facts used only in tests."""
 
     @property
     def length(self) -> int:
-        """Tokens that the model reads of a row."""
+        """Number of tokens of a row that the model reads."""
         return self.tokens.shape[2] - 1
 
 
 def biography_rows(config: BiographiesConfig, told: Sequence[int] = (1,)) -> FactRows:
     """The six facts of every person in the library's five wordings; each word is a token.
 
-    An epoch tells those of person i as often as `told[i % len(told)]` says.
+    An epoch states the facts of person i `told[i % len(told)]` times.
     """
     people = biographies.people(config)
     names = [person.name.split() for person in people]
@@ -83,7 +83,7 @@ def biography_rows(config: BiographiesConfig, told: Sequence[int] = (1,)) -> Fac
 
 
 def _tell(wording: Sequence[str], number: dict[str, int], names: Ints, answers: Ints) -> tuple[Ints, int]:
-    """Everybody's sentence in one wording, and the place of the answer's first token."""
+    """The sentences of all people in one wording, and the index of the answer's first token."""
     column = lambda token: np.full((len(names), 1), token, np.int32)
     prompt = [names if word == "{name}" else column(number[word]) for word in wording]
     row = np.concatenate([column(BOS), *prompt, answers, column(EOS)], axis=1)
@@ -91,9 +91,9 @@ def _tell(wording: Sequence[str], number: dict[str, int], names: Ints, answers: 
 
 
 def draw_order(rows: FactRows, *, batch_size: int, steps: int, seed: int) -> Ints:
-    """Which row (fact x wordings + wording) stands where in each batch, [steps, batch_size].
+    """Row indices (fact * wordings + wording) of each batch, [steps, batch_size].
 
-    All that is told is shuffled anew in every epoch, and every exposure draws its wording.
+    All statements are reshuffled in every epoch, and the wording is drawn anew for each exposure.
     """
     rng = np.random.default_rng([seed, 3])
     num_wordings = rows.tokens.shape[1]

@@ -1,7 +1,7 @@
-"""Many trainings at once on a device or several, within a time limit; results are on disk after each of them.
+"""Runs many trainings concurrently on one or several devices, within a time limit; writes each result to disk.
 
-Small models leave a GPU idle while they compile and start, so several processes share it. A run that fails is reported
-and the others go on; a run that cannot end in time is left for the next call, which resumes where this one stopped.
+Small models leave a GPU idle while they compile and start, so several processes share it. A failed run is reported, and
+the others continue; a run that cannot end in time is left for the next call.
 """
 
 import dataclasses
@@ -27,24 +27,24 @@ Result = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """A run of a pool; its dataclass as a whole is the task of the worker."""
+    """A run of a pool; all its fields are sent to the worker as its task."""
 
     stage: str
     config: str
     """Path of its YAML."""
     exposures: float = 0.0
-    """How often it reads what it learns."""
+    """How often it reads its training data."""
     seed: int = 0
     settings: tuple[str, ...] = ()
     seconds: float = 60.0
-    """A guess, for the first run of its kind, corrected by how long those of other kinds took; later ones are judged by
-    those before."""
+    """Estimated time of the first run of its kind, scaled by how much other kinds deviated from their estimates; later
+    runs use the measured time."""
     alone: bool = False
-    """Whether it needs a GPU that no other run uses."""
+    """Whether it needs a GPU to itself."""
 
     @property
     def name(self) -> str:
-        """Tells it from all others: what is in the results under this name is not run again."""
+        """A unique name; runs whose name is in the results are not run again."""
         raise NotImplementedError
 
     @property
@@ -53,13 +53,13 @@ class Training:
         raise NotImplementedError
 
     def row(self) -> Result:
-        """What the results say of it besides what was measured."""
+        """Its description in the results, without measures."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FamilyTraining(Training):
-    """A training of a family of models at given rates."""
+    """A training run of a model family at given learning rates."""
 
     family: str
     lr: float
@@ -67,11 +67,11 @@ class FamilyTraining(Training):
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """Settings that make it another run than its family."""
+        """Settings that differ from the family's."""
         return self.settings
 
     def named(self, *what: str, marks: Sequence[str] = ()) -> str:
-        """A name of stage, family, what it learns, rates, seed, marks and changes."""
+        """A name from stage, family, training data, rates, seed, marks and changes."""
         words = [self.stage, self.family, *what, f"x{self.exposures:g}", f"lr{self.lr:g}"]
         words += [f"table{self.table_lr:g}"] if self.table_lr else []
         changes = zip(*[iter(self.changes)] * 2, strict=True)
@@ -86,35 +86,35 @@ class FamilyTraining(Training):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(FamilyTraining):
-    """One training on facts."""
+    """A training run on facts."""
 
     facts: dict[str, Any]
     perfect_address: bool = False
     without: str = ""
-    """What the memory layers are left without: gate_proj or value_proj."""
+    """Projection removed from the memory layers: gate_proj or value_proj."""
     measure: str = ""
-    """What is measured of the trained model beside recall: guessing (see guessing.py)."""
+    """Additional measure of the trained model: guessing (see guessing.py)."""
 
     @property
     def name(self) -> str:
-        """With its facts, and what differs from the family's model."""
+        """The name, including its facts and differences from the family's model."""
         facts = "-".join(f"{name}{value}" for name, value in self.facts.items() if name != "file")
         marks = ["perfect"] * self.perfect_address + [f"without={self.without}"] * bool(self.without)
         return self.named(facts, marks=marks)
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """All that a compiled program depends on."""
+        """Everything that a compiled program depends on."""
         return self.config, self.settings, self.perfect_address, self.without, tuple(self.facts.items())
 
     def row(self) -> Result:
-        """With what differs from the family's model."""
+        """The description, including differences from the family's model."""
         row = super().row() | {"perfect_address": self.perfect_address}
         return row | ({"without": self.without} if self.without else {})
 
 
 def read_results(*paths: pathlib.Path) -> dict[str, Result]:
-    """The results of some files, by the name of the run; of two with one name the first file's counts."""
+    """The results in the given files, by name of the run; earlier files take precedence."""
     found: dict[str, Result] = {}
     for path in paths:
         for row in json.loads(path.read_text())["runs"] if path.exists() else ():
@@ -123,18 +123,18 @@ def read_results(*paths: pathlib.Path) -> dict[str, Result]:
 
 
 def write_results(path: pathlib.Path, results: dict[str, Result]) -> None:
-    """All results as one file, whole at any time."""
+    """Writes all results to one file, atomically."""
     lines = ",\n".join(f"  {json.dumps(row)}" for row in results.values())
     write_atomic(path, f'{{"runs": [\n{lines}\n]}}\n')
 
 
 def recall_and_bits(result: Result) -> str:
-    """What the line of a finished training on facts says."""
+    """Summary of a finished training on facts, for its progress line."""
     return f"recall {result['recall']:.4f}, {result['stored_bits'] / 1e3:.0f} kbit"
 
 
 class Pool:
-    """Runs tasks in several processes until all are done, or the time is over."""
+    """Runs tasks in several processes until all are done or time is up."""
 
     def __init__(
         self,
@@ -151,18 +151,18 @@ class Pool:
     ):
         """Results are added to `results` and written to `path`; `deadline` is a `time.time()`.
 
-        With several GPUs each process sees one of them.
+        With several GPUs, each process sees one of them.
 
         Args:
             path: file of the results.
-            results: those that are there already.
-            jobs: processes.
+            results: existing results, by name.
+            jobs: number of processes.
             gpus: GPUs over which the processes are spread.
-            deadline: nothing is started that would end later.
-            module: what a process runs.
-            paths: folders in which Python looks for it, beside those that it needs anyway.
-            describe: what the line of a finished run says of its result.
-            keeps_order: start the runs in the order that they are given, whichever programs a process has compiled.
+            deadline: no run is started that would end later.
+            module: the module that a process runs.
+            paths: additional folders in which Python looks for it.
+            describe: summarises a finished run's result for its progress line.
+            keeps_order: start runs in the given order, regardless of which programs a process has compiled.
         """
         self.path, self.results, self.jobs, self.deadline = path, results, jobs, deadline
         self._command, self._describe, self._keeps_order = (module, *map(str, paths)), describe, keeps_order
@@ -171,18 +171,18 @@ class Pool:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         if len(visible) < gpus:
             raise SystemExit(f"--gpus {gpus}: CUDA_VISIBLE_DEVICES={','.join(visible)} shows only {len(visible)}")
-        # With the platform named, a GPU that is not there is an error, not a training on the CPU.
+        # With the platform named, a missing GPU is an error instead of a fallback to the CPU.
         given = lambda name: {"CUDA_VISIBLE_DEVICES": name, "JAX_PLATFORMS": "cuda,cpu"}
         self._environments = [given(name) if gpus > 1 else {} for name in visible[:gpus]]
         self._lock = threading.Lock()
         self._seconds: dict[Any, float] = {}
         self._slowdowns: list[float] = []
-        """Measured over guessed seconds: what the guesses of other kinds are worth."""
+        """Ratios of measured to estimated time, used to correct the estimates of other kinds."""
         self._running: dict[str, tuple[Training, int]] = {}
         self._began = time.time()
 
     def run(self, runs: Sequence[Training]) -> list[str]:
-        """Runs what has no result yet; returns the names of those that have none in the end."""
+        """Runs everything without a result; returns the names of runs that still have none."""
         self._left = [run for run in runs if run.name not in self.results]
         self._total, self._failed = len(self._left), []
         already = len(runs) - self._total
@@ -195,7 +195,7 @@ class Pool:
         return self._failed + [run.name for run in self._left]
 
     def _serve(self, number: int) -> None:
-        """Gives one process a run after the other; a process that died is replaced."""
+        """Feeds runs to one process, which is replaced if it dies."""
         environment = self._environments[number % len(self._environments)]
         worker, compiled, failures = Worker(environment, *self._command), set(), 0
         while failures < 3 and (run := self._next(compiled, number % len(self._environments))) is not None:
@@ -212,7 +212,7 @@ class Pool:
         worker.stop()
 
     def _next(self, compiled: set[Any], gpu: int) -> Training | None:
-        """The next run for a process, when its GPU has room for one; None where none is left that can end in time."""
+        """The next run for a process, once its GPU has room; None if none is left that can end in time."""
         while True:
             with self._lock:
                 in_time = [run for run in self._left if self.deadline is None or self._ends(run) <= self.deadline]
@@ -227,7 +227,7 @@ class Pool:
             time.sleep(0.5)
 
     def _best(self, in_time: Sequence[Training], compiled: set[Any]) -> Training:
-        """The first, or one that the process has compiled, else one of a kind that nobody runs."""
+        """The first run if order is kept; else preferably a kind already compiled, then one that no process runs."""
         if self._keeps_order:
             return in_time[0]
         order = {run.name: place for place, run in enumerate(in_time)}
@@ -239,7 +239,7 @@ class Pool:
         return time.time() + self._seconds.get((run.kind, run.exposures), guess)
 
     def _note(self, run: Training, answer: dict[str, Any], seconds: float, number: int) -> None:
-        """Keeps a result, or says what went wrong."""
+        """Stores a result, or reports the failure."""
         with self._lock:
             del self._running[run.name]
             if "result" not in answer:
@@ -263,18 +263,18 @@ class Pool:
 
 
 class Worker:
-    """A process of worker.py, started when it is first asked."""
+    """A worker process, started with its first task."""
 
     def __init__(self, environment: dict[str, str], module: str, *paths: str) -> None:
         self._environment, self._command = environment, (module, *paths)
         self._process: subprocess.Popen[str] | None = None
 
     def is_alive(self) -> bool:
-        """Whether it can still be asked."""
+        """Whether it can take a task."""
         return self._process is None or self._process.poll() is None
 
     def ask(self, task: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a task: `result`, `late` or `error`."""
+        """Sends a task, and returns the answer: `result`, `late` or `error`."""
         self._process = self._process or start(self._environment, *self._command)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -286,16 +286,16 @@ class Worker:
         return json.loads(line) if line else {"error": f"the worker ended with {self._process.wait()}"}
 
     def stop(self) -> None:
-        """Lets it end."""
+        """Lets the process end, and waits for it."""
         if self._process is not None:
-            # With its input at the end it has nothing more to do; of what it still writes nothing is wanted.
+            # Closes its input, upon which it ends, and discards remaining output.
             self._process.communicate()
 
 
 def start(environment: dict[str, str], module: str, *paths: str) -> subprocess.Popen[str]:
-    """A process that takes the device's memory only as it needs it, and shares compiled programs with the others.
+    """Starts a process that allocates device memory on demand and shares compiled programs with the others.
 
-    `environment` is what its variables have beside this process's.
+    `environment` holds variables that are added to those of this process.
     """
     every = [*paths, str(HERE.parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(every)} | environment

@@ -1,7 +1,7 @@
-"""What the trainings of all experiments share: the library's step at rates that are arguments, timed and measured.
+"""The training loop shared by all experiments: the library's step, timed and measured.
 
-Rates are arguments of the compiled program, not constants in it, so that all rates, lengths and seeds of a model share
-one compilation.
+Learning rates are arguments of the compiled program, not constants, so that all rates, lengths and seeds of a model
+share one compilation.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from memjax.training.step import Batch, train_step
 
 WARMUP_STEPS, FINAL_FRACTION = 100, 0.05
 LAST_POINTS = 3
-"""Points of the curve that take about as long as what is measured at the end only."""
+"""The measures taken only at the end take about as long as this many points of the curve."""
 
 
 class OutOfTime(Exception):
@@ -37,21 +37,21 @@ class OutOfTime(Exception):
 
 
 class Rates(NamedTuple):
-    """The highest learning rates of a run; a family without tables ignores that of the table."""
+    """The peak learning rates of a run; families without tables ignore `table_lr`."""
 
     lr: float
     table_lr: float
 
 
 def require_unit_rates(config: RunConfig) -> None:
-    """Refuses a config whose own rates are not constant and 1: those of a run are factors on them."""
+    """Rejects a config whose learning rates are not constant and 1; the rates of a run multiply them."""
     for name, rate in (("optim", config.optim), ("optim.table", config.optim.table)):
         if (rate.lr, rate.schedule, rate.warmup_steps) != (1.0, "constant", 0):
             raise ValueError(f"{name} must have lr=1, schedule=constant, warmup_steps=0: rates are given to `run`")
 
 
 def at_rates(program: TrainProgram, rates: Rates) -> TrainProgram:
-    """The program at given rates, which may be traced: AdamW's step, its decay included, is linear in its rate."""
+    """The program at given rates, which may be traced: AdamW's update, including decay, is linear in the rate."""
     optimizer = optax.chain(program.optimizer, optax.scale(rates.lr))
     table_optimizer = dataclasses.replace(program.table_optimizer, learning_rate=lambda _: rates.table_lr)
     return dataclasses.replace(program, optimizer=optimizer, table_optimizer=table_optimizer)
@@ -59,19 +59,19 @@ def at_rates(program: TrainProgram, rates: Rates) -> TrainProgram:
 
 @functools.lru_cache(maxsize=64)
 def rate_by_step(rate: float, steps: int, warmup_steps: int = WARMUP_STEPS) -> np.ndarray:
-    """The library's own cosine with a warm-up, at every step."""
+    """The library's cosine schedule with warm-up, evaluated at every step."""
     config = ScheduleConfig(lr=rate, warmup_steps=warmup_steps, final_fraction=FINAL_FRACTION)
     return np.asarray(jax.vmap(make_schedule(config, steps))(jnp.arange(steps)), np.float32)
 
 
 def write_greedily(model: Decoder, tokens: Array, begins: Array, count: int) -> Array:
-    """The rows with `count` tokens from `begins` on replaced, each by the likeliest after those before it."""
+    """Replaces `count` tokens of each row, from `begins` on, by greedy decoding."""
     rows, places = jnp.arange(len(tokens)), jnp.arange(tokens.shape[1])[None, :]
 
     def one(step: Array, tokens: Array) -> Array:
         place = begins + step
         hidden = model.hidden(tokens[:, :-1])[0]
-        # One position of each row: logits at all of them would be the largest array.
+        # Only one position per row: logits at all positions would be the largest array.
         best = jnp.argmax(model.logits(hidden[rows, jnp.minimum(place, tokens.shape[1] - 1) - 1]), axis=-1)
         return tokens.at[rows, place].set(best.astype(tokens.dtype), mode="drop")
 
@@ -79,7 +79,7 @@ def write_greedily(model: Decoder, tokens: Array, begins: Array, count: int) -> 
 
 
 class Trained(NamedTuple):
-    """A trained model, and what its result says of the training."""
+    """A trained model, its curve, and the training part of its result."""
 
     state: TrainState
     curve: list[dict[str, Any]]
@@ -87,10 +87,10 @@ class Trained(NamedTuple):
 
 
 class Trainer:
-    """A model's compiled programs, for any rates, seeds and lengths: many steps for each call of the device."""
+    """A model's compiled programs, for any rates, seeds and lengths, with many steps per call."""
 
     def __init__(self, config: RunConfig, program: TrainProgram):
-        """The config's own rates must be constant and 1: those of a run are factors on them."""
+        """The config's learning rates must be constant and 1; the rates of a run multiply them."""
         require_unit_rates(config)
         self.config, self.program = config, program
         self.options = {"compiler_options": compiler_options(jax.default_backend(), 1)}
@@ -99,7 +99,7 @@ class Trainer:
         self._steps = jax.jit(self._run_steps, donate_argnums=0, **self.options)
 
     def step_of(self, data: Any, rows: Array) -> tuple[TrainProgram, Batch]:
-        """The program of a step, and its batch of the rows of these numbers."""
+        """The program of a step, and the batch of the given rows."""
         raise NotImplementedError
 
     def train(
@@ -115,18 +115,18 @@ class Trainer:
         deadline: float | None,
         tell: Callable[[int, dict[str, Any], float, float], None],
     ) -> Trained:
-        """Trains a model and measures it on the way.
+        """Trains a model and measures it at several points.
 
         Args:
-            data: arrays on the device, of which `step_of` makes batches.
-            order: rows of each step, [steps, rows].
-            rates: of each step, [steps, 2].
-            measure: gives a point of the curve; its time is not that of the training.
-            chunk: steps for each call of the device.
+            data: arrays on the device, from which `step_of` makes batches.
+            order: row indices of each step, [steps, rows].
+            rates: learning rates of each step, [steps, 2].
+            measure: returns the measures of a point; its time does not count as training.
+            chunk: steps per compiled call.
             points: steps after which the model is measured, multiples of `chunk`.
             seed: of the initialisation.
-            deadline: `time.time()` at which the run must have ended.
-            tell: takes the step, the point, tokens/s and the seconds that are left.
+            deadline: `time.time()` by which the run must have ended.
+            tell: receives the step, the point, tokens/s and the remaining seconds.
 
         Raises:
             OutOfTime: the deadline would be missed.
@@ -143,7 +143,7 @@ class Trainer:
             part = slice(done - chunk, done)
             state, loss = self._steps(state, data, order[part], rates[part])
             loss = float(loss)
-            # The first steps, with which the program was compiled, say nothing of the speed.
+            # The first call includes compilation, so it does not count for the speed.
             if done == chunk:
                 compiling = time.perf_counter() - began
             else:
@@ -179,7 +179,7 @@ class Trainer:
         return Trained(state, curve, result)
 
     def _run_steps(self, state: TrainState, data: Any, order: Array, rates: Array) -> tuple[TrainState, Array]:
-        """Steps one after the other, and the mean of their losses."""
+        """Runs several steps; returns the state and the mean loss."""
 
         def one(state: TrainState, now: tuple[Array, Array]) -> tuple[TrainState, Array]:
             program, batch = self.step_of(data, now[0])

@@ -1,4 +1,4 @@
-"""One training on facts: memjax's own step on batches gathered on the device, and tests of what the model recalls."""
+"""Training on facts: memjax's own step on batches gathered on the device, and tests of recall."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,23 +23,23 @@ from memjax.training.state import TrainState
 from memjax.training.step import Batch
 
 CHUNK = 50
-"""Steps for each call of the device."""
+"""Steps per compiled call."""
 CURVE_POINTS = 8
 TEST_ROWS = 2048
-"""Questions in one forward pass of a test, where there are so many."""
+"""Maximum number of questions per forward pass of a test."""
 
 
 class DeviceRows(NamedTuple):
-    """The arrays of FactRows that batches are made of, with wordings folded into facts."""
+    """The arrays of FactRows from which batches are made, with facts and wordings flattened to one axis."""
 
     tokens: Array
     answers: Array
     slots: Array
-    """[facts, picks]: the slots of the perfect-address control; no columns elsewhere."""
+    """[facts, picks]: the slots of the perfect-address control; without it, there are no columns."""
 
 
 class Answers(NamedTuple):
-    """A test of every fact."""
+    """The results of testing every fact."""
 
     correct: np.ndarray
     nats: np.ndarray
@@ -48,9 +48,9 @@ class Answers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PerfectAddress(DecoderParts):
-    """Parts of a decoder whose memory layers do not search: every token of a sentence reads the slots of its fact.
+    """Parts of a decoder whose memory layers do not search: every token of a sentence reads its fact's slots.
 
-    The control that tells what the table could hold if the address were right.
+    A control that shows what the table could hold with perfect addressing.
     """
 
     lookup: Any = None
@@ -65,7 +65,7 @@ class PerfectAddress(DecoderParts):
 
 @dataclasses.dataclass(frozen=True)
 class Without(DecoderParts):
-    """Parts of a decoder whose memory layers lack one of the two projections that a gate brings with it."""
+    """Parts of a decoder whose memory layers lack one of the two projections that the gate adds."""
 
     part: Literal["gate_proj", "value_proj"] = "gate_proj"
 
@@ -81,9 +81,9 @@ class FactTrainer(Trainer):
     """Trains a model on facts."""
 
     def __init__(self, config: RunConfig, rows: FactRows, *, perfect_address: bool = False, without: str = ""):
-        """The config's own rates must be constant and 1: those of a run are factors on them.
+        """The config's learning rates must be constant and 1; the rates of a run multiply them.
 
-        Parameters that are left out (`without`) are still counted.
+        Parameters removed by `without` are still counted.
         """
         if config.model.vocab_size < rows.vocab_size or config.data.sequence_length != rows.length:
             raise ValueError(
@@ -116,15 +116,15 @@ class FactTrainer(Trainer):
         tell: Callable[[str], None] = lambda _: None,
         examine: Callable[[TrainState], dict[str, Any]] = lambda _: {},
     ) -> dict[str, Any]:
-        """Trains and tests a model; the result as JSON values.
+        """Trains and tests a model; returns the result as JSON values.
 
         Args:
-            rates: highest rates.
-            exposures: how often each fact is read, on average; epochs where some are told more often than others.
+            rates: peak learning rates.
+            exposures: how often each fact is read, on average; epochs if some are stated more often than others.
             seed: of initialisation and data order.
-            deadline: `time.time()` at which the run must have ended.
-            tell: takes lines of progress.
-            examine: what else is to be measured of the trained model.
+            deadline: `time.time()` by which the run must have ended.
+            tell: receives progress lines.
+            examine: returns further measures of the trained model.
 
         Raises:
             OutOfTime: the deadline would be missed.
@@ -164,7 +164,7 @@ class FactTrainer(Trainer):
         }
 
     def test(self, state: TrainState) -> Answers:
-        """Every fact asked in its test wording: greedy exact match, and the answer's negative log likelihood."""
+        """Tests every fact in its test wording: greedy exact match, and the answer's negative log-likelihood."""
         tokens, answers = self.rows.tokens[:, 0], self.rows.answers[:, 0]
         count = len(tokens)
         fill = -count % self.test_rows
@@ -174,7 +174,7 @@ class FactTrainer(Trainer):
         return Answers(*(np.asarray(part).reshape(-1)[:count] for part in found))
 
     def summary(self, found: Answers) -> dict[str, Any]:
-        """Recall, and the bits that the model has stored: of each answer what it knows more than its prior."""
+        """Recall, and stored bits: the model's information about each answer beyond its prior."""
         kept, told = self.rows.first_wording > 0, self.rows.told > 0
         stored = float(np.sum(self.rows.bits - found.nats / np.log(2), where=told))
         summary = {"recall": float(found.correct[told].mean()), "stored_bits": stored}
@@ -184,17 +184,17 @@ class FactTrainer(Trainer):
         return summary
 
     def by_group(self, found: Answers) -> dict[str, float]:
-        """Recall of each attribute or relation; of the facts that training never asks about, where there are some."""
+        """Recall of each attribute or relation, over facts with held-out questions if there are any."""
         kept, told = self.rows.first_wording > 0, self.rows.told > 0
         counted = told & (kept if kept.any() else ~kept)
         chosen = {name: counted & (self.rows.groups == place) for place, name in enumerate(self.rows.group_names)}
         return {name: float(found.correct[rows].mean()) for name, rows in chosen.items() if rows.any()}
 
     def write_answers(self, state: TrainState, facts: np.ndarray) -> dict[int, list[int]]:
-        """Greedy answers (token ids) to the test wordings of some facts, by the facts' numbers."""
+        """Greedy answers (token ids) to the test wordings of the given facts, by fact index."""
         written: dict[int, list[int]] = {}
         for start in range(0, len(facts), self.test_rows):
-            # One shape for all: the last part is filled up with facts that are asked twice.
+            # The last batch repeats facts, so that all have the same shape.
             some = np.resize(facts[start : start + self.test_rows], self.test_rows)
             begins = self.rows.answers[some, 0, 0]
             tokens = np.asarray(self._write(state.params, state.tables, self.rows.tokens[some, 0], begins))
@@ -203,12 +203,14 @@ class FactTrainer(Trainer):
         return written
 
     def write(self, params: Any, tables: Any, tokens: Array, begins: Array) -> Array:
-        """The rows with what the model writes from `begins` on; each token is likeliest after those before it."""
+        """The rows with answers generated greedily from `begins` on."""
         model = self.program.parts.merge(params, tables)
         return write_greedily(model, tokens, begins, self.longest)
 
     def _of_the_table(self, state: TrainState) -> dict[str, Any]:
-        """What shows whether the tables are used: slots read in the last part of the training, recall without them."""
+        """Measures of how much the tables are used: slots read in the last part of training, and recall with tables
+        zeroed.
+        """
         if not state.tables:
             return {}
         parts = self.program.parts
@@ -218,7 +220,7 @@ class FactTrainer(Trainer):
         return {"used_fraction": used, "recall_zeroed": self.summary(self.test(without))["recall"]}
 
     def step_of(self, data: DeviceRows, rows: Array) -> tuple[TrainProgram, Batch]:
-        """The program, in the control with the addresses of the facts, and the rows as a batch."""
+        """The program (with the facts' addresses in the control), and the rows as a batch."""
         return self._addressed(data.slots, rows // self.rows.tokens.shape[1]), _batch(data, rows)
 
     def _answer(self, params: Any, tables: Any, slots: Array, *questions: Array) -> tuple[Array, Array]:
@@ -234,7 +236,7 @@ class FactTrainer(Trainer):
         return jax.lax.map(some, questions)
 
     def _addressed(self, slots: Array, facts: Array) -> TrainProgram:
-        """The program; in the control with the slots of the facts that the rows of a batch tell."""
+        """The program; in the control, with the slots of the facts in the batch."""
         if not self.perfect_address:
             return self.program
         memory = self.program.config.model.memory
@@ -245,19 +247,19 @@ class FactTrainer(Trainer):
 
 
 def _with_parts(program: TrainProgram, kind: type[DecoderParts], **changes: Any) -> TrainProgram:
-    """The program with its parts assembled in another way."""
+    """The program with another class for its parts."""
     fields = {field.name: getattr(program.parts, field.name) for field in dataclasses.fields(DecoderParts)}
     return dataclasses.replace(program, parts=kind(**fields, **changes))
 
 
 def _is_answer(tokens: Array, answers: Array) -> Array:
-    """Which targets are learned: [rows, length]."""
+    """Mask of the targets that belong to answers, [rows, length]."""
     places = jnp.arange(1, tokens.shape[1])[None, :]
     return (places >= answers[:, :1]) & (places < answers[:, 1:])
 
 
 def _batch(rows: DeviceRows, numbers: Array) -> Batch:
-    """The rows of the given numbers as a batch of one micro-batch."""
+    """The given rows as a batch of one micro-batch."""
     tokens, answers = rows.tokens[numbers], rows.answers[numbers]
     length = tokens.shape[1] - 1
     batch = {

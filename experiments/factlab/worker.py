@@ -1,6 +1,6 @@
-"""A process that trains one model after the other: a task of JSON on a line in, a result of JSON on a line out.
+"""A process that trains one model after another: reads tasks and writes results, each as one line of JSON.
 
-`python -m factlab.worker`; runs.py starts it. Programs once compiled serve all later tasks of the same model.
+Started by runs.py as `python -m factlab.worker`. Compiled programs are reused by later tasks of the same model.
 """
 
 import importlib.metadata
@@ -25,7 +25,7 @@ from memjax.training.state import TrainState
 
 Task = dict[str, Any]
 MAX_ASKED = 20_480
-"""Questions that are answered freely."""
+"""Maximum number of questions answered by generation."""
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def serve(run: Callable[[Task], dict[str, Any]]) -> None:
-    """Serves until the input ends. Whatever else prints goes to the error output, so that results stand alone."""
+    """Serves until the input ends. All other output goes to standard error, to keep results separate."""
     results, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         task = json.loads(line)
@@ -57,7 +57,7 @@ def _run(task: Task, models: dict[str, "Model"]) -> dict[str, Any]:
 
 
 class Model:
-    """A family's trainer on some facts, for any rates, seeds and lengths."""
+    """A family's trainer on given facts, for any rates, seeds and lengths."""
 
     def __init__(self, task: Task):
         facts = task["facts"]
@@ -86,7 +86,7 @@ class Model:
         )
 
     def _ask(self, state: TrainState) -> dict[str, Any]:
-        """Questions that training never asked, answered freely; of generated people the test of all facts is enough."""
+        """Grades generated answers to held-out questions; for generated people, the test of all facts is enough."""
         if self.questions is None:
             return {}
         rows = self.questions.rows
@@ -100,7 +100,7 @@ class Model:
 
 
 def environment() -> dict[str, Any]:
-    """Device and versions."""
+    """The device, and versions of packages."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     return {"device": jax.devices()[0].device_kind, "versions": versions}
 

@@ -73,7 +73,7 @@ def test_every_setting_is_in_the_reference_with_its_docstring(generated):
                 if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
                     assert isinstance(below, ast.Expr)
                     assert plain(ast.literal_eval(below.value)) in plain(reference)
-    assert reference.count("Last steps of a wsd schedule, over which the rate falls") == 2
+    assert reference.count("Final steps of a wsd schedule, over which the rate falls") == 2
 
 
 def test_types_and_defaults_in_the_reference_are_those_of_the_config(generated):

@@ -1,4 +1,4 @@
-"""Families beside each other: differences with their doubt, dense-equivalents, tokens that are needed."""
+"""Compares families: differences with their uncertainty, equivalent dense models, and speed of learning."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -11,11 +11,11 @@ from realtext.grading import IN_TEXT
 from realtext.measures import COMPARISONS, DENSE, MEASURES, SQUAD, Families, Value, seed_deviation
 
 DRAWS = 2000
-"""Random draws of an interval."""
+"""Random draws for an interval."""
 
 
 def compared(families: Families) -> list[str]:
-    """Memory+ against every other family of its size."""
+    """Compares Memory+ with every other family of its size."""
     found = []
     for base in ("memory_plus", "134m_memory_plus"):
         others = [name for name in families if name != base and name.startswith("134m") == base.startswith("134m")]
@@ -47,7 +47,7 @@ def _difference(families: Families, one: str, other: str, value: Value) -> str:
 
 
 def equivalents(families: Families) -> list[str]:
-    """Which dense model every other one equals, by a line through the dense ones over the logarithm of their size."""
+    """The dense model equivalent to each other family, from a line through the dense ones over their log size."""
     dense = [name for name in DENSE if name in families]
     others = [name for name in families if name not in DENSE]
     if len(dense) < 2 or not others:
@@ -79,7 +79,7 @@ def _dense_parameters(row: Result) -> float:
 
 
 def equivalent(families: Families, dense: Sequence[str], name: str, value: Value, size: Value) -> str:
-    """The size of the dense model with the family's value, over the family's own size, with its interval."""
+    """The size of the dense model with the family's value, relative to the family's size, with its interval."""
     sizes = np.log2([size(families[one][0]) for one in dense])
     means = lambda names: np.array([fmean(value(row) for row in families[one]) for one in names])
     points, own = means(dense), means([name])[0]
@@ -100,19 +100,19 @@ def equivalent(families: Families, dense: Sequence[str], name: str, value: Value
 
 
 def _crossing(sizes: np.ndarray, points: np.ndarray, own: float) -> float:
-    """Where the line through the points has the value."""
+    """Where the line fitted to the points has the value `own`."""
     slope, intercept = np.polyfit(sizes, points, 1)
-    # A line that does not fall has no such place: one that is farther away than any model.
+    # A line that does not fall has no such place; return one beyond any model.
     return float((own - intercept) / slope) if slope < 0 else sizes.max() + 100
 
 
 def _multiple(doublings: float) -> str:
-    """A factor of so many doublings; of one above 100 or below 0.01 there is no telling."""
+    """Formats a factor of 2 ** doublings; beyond 100 or below 0.01 it is not meaningful."""
     return "no bound" if abs(doublings) > np.log2(100) else f"{2**doublings:.2f}"
 
 
 def speed_of_learning(families: Families) -> list[str]:
-    """Tokens after which a family is where dense_x1 ends."""
+    """Share of its tokens after which each family reaches the final values of dense_x1."""
     if "dense_x1" not in families:
         return []
     measures = {
@@ -136,7 +136,7 @@ def speed_of_learning(families: Families) -> list[str]:
 
 
 def _reached(runs: Sequence[Result], value: Callable[[Result], float], wanted: float) -> float | None:
-    """Tokens after which the mean over the runs is no higher than wanted; None where it stays above."""
+    """Tokens after which the mean over runs first is at most `wanted`; None if it stays above."""
     before: tuple[float, float] | None = None
     for points in zip(*(row["curve"] for row in runs), strict=True):
         now = (points[0]["tokens"], fmean(map(value, points)))

@@ -1,7 +1,7 @@
-"""Articles and questions as token arrays, made once for each machine and read by every process.
+"""Articles and questions as token arrays, built once per machine and read by every process.
 
-A text is one stream: each article after a begin token. Its rows are cut from the stream wherever they end, so a row may
-begin inside an article, and the few rows that hold the end of one article also see it in front of the next.
+A text is one stream in which each article follows a BOS token. Rows are cut from the stream without regard to articles,
+so a row may begin inside one, and tokens may attend to the end of the previous article in their row.
 """
 
 import concurrent.futures
@@ -26,12 +26,12 @@ Row = dict[str, Any]
 Ints = NDArray[np.integer]
 
 WIDTH = 160
-"""Tokens of a question with what stands in front of it and its answer."""
+"""Tokens of a question with its examples and answer."""
 SAMPLED_ARTICLES = 100
-"""Training articles whose bits per byte are measured too."""
+"""Number of training articles whose bits per byte are also measured."""
 CODE = "code"
 STREAMS = ("held_out", "seen", CODE)
-"""Texts that are only read: articles that training never shows, some that it does, and programs."""
+"""Texts for evaluation: held-out articles, a sample of the training articles, and programs."""
 
 
 class Text(NamedTuple):
@@ -39,10 +39,10 @@ class Text(NamedTuple):
 
     tokens: Ints
     bytes: int
-    """Of the UTF-8 text that it stands for."""
+    """Length of the UTF-8 text."""
 
     def rows(self, length: int) -> Ints:
-        """All tokens as rows of `length` predictions; the last one is filled up with begin tokens."""
+        """All tokens as rows of `length` predictions; the last one is padded with BOS tokens."""
         begin = self.tokens[0]
         count = -(-(len(self.tokens) - 1) // length)
         padded = np.append(self.tokens, np.full(count * length + 1 - len(self.tokens), begin, self.tokens.dtype))
@@ -50,34 +50,34 @@ class Text(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Rows of tokens, of which some are scored."""
+    """Rows of tokens, with the span of each that is scored."""
 
     tokens: Ints
-    """[rows, WIDTH + 1]: what stands in front, the answer, padding."""
+    """[rows, WIDTH + 1]: context, answer, padding."""
     ends: Ints
-    """[rows, 2]: where the answer begins and ends."""
+    """[rows, 2]: start and end of the answer."""
 
 
 class Corpus(NamedTuple):
-    """What a process reads."""
+    """Tokens and questions of one process."""
 
     train: Ints
-    """The stream of the training, not yet cut into rows."""
+    """The training stream, not yet cut into rows."""
     texts: dict[str, Text]
-    """By name, see STREAMS."""
+    """Evaluation texts by name, see STREAMS."""
     tokenizer: Tokenizer
     questions: list[Row]
     """Open questions, in the order of `asked`."""
     asked: Spans
     """Their targets."""
     choices: list[Row]
-    """Multiple choice, in the order of `chosen`."""
+    """Multiple-choice questions, in the order of `chosen`."""
     chosen: Spans
-    """Every choice of each, one after the other."""
+    """All choices of each question in turn."""
 
 
 def tokenizer_of(folder: pathlib.Path) -> Tokenizer:
-    """GPT-2's where the folder has it, else bytes."""
+    """GPT-2's tokenizer if the folder has it, else bytes."""
     path = folder / TOKENIZER
     if not path.exists():
         return ByteTokenizer()
@@ -85,7 +85,7 @@ def tokenizer_of(folder: pathlib.Path) -> Tokenizer:
 
 
 def build(folder: pathlib.Path, work: pathlib.Path) -> None:
-    """Tokenises a prepared folder; does nothing where that has been done.
+    """Tokenises a prepared folder, unless that has been done.
 
     Raises:
         DataError: the folder lacks a file.
@@ -120,7 +120,7 @@ def _as_text(article: Row) -> str:
 
 
 def _stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Ints:
-    """The texts one after the other, each after a begin token; threads, because the tokenizer leaves Python's lock."""
+    """Concatenates texts, each after a BOS token; uses threads, because the tokenizer releases the GIL."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     encoded = lambda text: np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -128,7 +128,7 @@ def _stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Ints:
 
 
 def load(folder: pathlib.Path, work: pathlib.Path) -> Corpus:
-    """What `build` wrote, and the folder's questions as rows of tokens."""
+    """Loads the streams that `build` wrote, and the folder's questions as rows of tokens."""
     sizes = json.loads((work / "streams.json").read_text())
     stream = lambda name: np.load(work / f"{name}.npy", mmap_mode="r")
     tokenizer = tokenizer_of(folder)
@@ -157,8 +157,8 @@ def _ask(row: Row) -> str:
 
 
 def spans(tokenizer: Tokenizer, rows: Iterable[tuple[Sequence[str], str, str]], width: int = WIDTH) -> Spans:
-    """Rows of examples, prompt and answer. Where they are too long the first examples are left out, then the prompt's
-    begin; an answer that is itself too long loses its end.
+    """Tokenises rows of examples, prompt and answer. If a row is too long, the first examples are dropped, then the
+    prompt is truncated from the left; answers longer than half the width are truncated at the end.
     """
     tokens, ends = [], []
     for examples, prompt, answer in rows:

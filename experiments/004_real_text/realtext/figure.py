@@ -1,4 +1,4 @@
-"""The figure: what the models cost in tokens and arithmetic, and what they know by how often the text tells it."""
+"""The figure: loss against tokens and arithmetic, and facts known by how often the text states them."""
 
 import pathlib
 from statistics import fmean
@@ -10,13 +10,13 @@ from realtext.measures import DENSE, NAMES, Families, bits, nats
 from realtext.prepare import BINS
 
 COLORS = {"dense": "#4d4d4d", "moe": "#2ca02c", "peer": "#9467bd", "memory": "#1f77b4", "memory_plus": "#d62728"}
-"""By the kind of block; sizes differ in their marks."""
+"""Colours by kind of block; markers distinguish sizes."""
 FIRST_SHOWN = 0.35
-"""Share of the tokens from which loss is shown: before it, curves differ by less than they fall."""
+"""Losses are shown from this share of the tokens on: before, the fall of the curves hides their differences."""
 
 
 def figure(families: Families, path: pathlib.Path) -> None:
-    """Held-out loss against tokens and against arithmetic, and the loss of facts by exposures."""
+    """Draws held-out loss against tokens and against arithmetic, and the loss of facts by exposures."""
     by_tokens: dict[str, list[tuple[Any, Any]]] = {}
     by_flops: dict[str, list[tuple[Any, Any]]] = {}
     by_bin: dict[str, list[tuple[Any, Any]]] = {}
@@ -50,7 +50,7 @@ def figure(families: Families, path: pathlib.Path) -> None:
 
 
 def style(name: str) -> dict[str, Any]:
-    """Colour by the kind of block, marks and dashes by size."""
+    """Colour by kind of block, marker and line style by size."""
     kind = max((kind for kind in COLORS if kind in name), key=len)
     marker = "v" if "small" in name else "^" if "large" in name or name.endswith("x2") else "o"
     large = name.startswith("134m")

@@ -1,4 +1,4 @@
-"""A folder as `prepare` makes it, of generated people: shows that everything runs, and needs no data."""
+"""A folder like that of `prepare`, with generated people: shows that everything runs, without data sets."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ from realtext.prepare import ARTICLES, BINS, HELD_OUT, QUESTIONS, write
 
 
 def generate(folder: pathlib.Path, *, num_people: int = 24) -> None:
-    """Writes articles about two thirds of some people, and questions about all of them."""
+    """Writes training articles about two thirds of the people, and questions about all of them."""
     config = BiographiesConfig(num_people=num_people)
     told = 2 * num_people // 3
     by_person: dict[str, list[str]] = {}

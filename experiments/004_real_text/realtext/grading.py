@@ -1,4 +1,4 @@
-"""What scores and written answers are worth, by group of questions."""
+"""Grades likelihoods and generated answers, by group of questions."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ IN_TEXT, NOT_IN_TEXT = "in the text", "not in the text"
 
 
 def groups_of(question: Row) -> tuple[str, ...]:
-    """The groups that an open question counts in."""
+    """The groups to which an open question belongs."""
     if "bin" in question:
         return (question["bin"],)
     place = IN_TEXT if question["in_text"] else NOT_IN_TEXT
@@ -24,12 +24,12 @@ def groups_of(question: Row) -> tuple[str, ...]:
 
 
 def nats(questions: Sequence[Row], found: np.ndarray) -> dict[str, float]:
-    """The mean negative log-likelihood of an answer, by group."""
+    """Mean negative log-likelihood of the answers, by group."""
     return {name: float(found[places].mean()) for name, places in _places(map(groups_of, questions)).items()}
 
 
 def written(questions: Sequence[Row], answers: Sequence[str]) -> dict[str, Row]:
-    """Exact match and F1 of the first line of each answer, as for SQuAD, by group."""
+    """Exact match and F1 (as for SQuAD) of the first line of each answer, by group."""
     marks = [_marks(question, answer) for question, answer in zip(questions, answers, strict=True)]
     return {
         name: {
@@ -42,7 +42,7 @@ def written(questions: Sequence[Row], answers: Sequence[str]) -> dict[str, Row]:
 
 
 def by_relation(questions: Sequence[Row], found: np.ndarray, answers: Sequence[str]) -> dict[str, Row]:
-    """EntityQuestions by relation: likelihood and exact match, and that of always giving the commonest answer."""
+    """EntityQuestions by relation: likelihood, exact match, and that of always giving the commonest answer."""
     named = ((question["relation"],) if "relation" in question else () for question in questions)
     result = {}
     for name, places in sorted(_places(named).items()):
@@ -59,7 +59,7 @@ def by_relation(questions: Sequence[Row], found: np.ndarray, answers: Sequence[s
 
 
 def choices(questions: Sequence[Row], found: np.ndarray) -> dict[str, Row]:
-    """Accuracy of multiple choice by set: of the likeliest choice, and of the likeliest for its length in bytes."""
+    """Multiple-choice accuracy by set: of the most likely choice, and of the most likely one per byte."""
     marks: dict[str, list[tuple[bool, bool, float]]] = defaultdict(list)
     start = 0
     for question in questions:
@@ -83,7 +83,7 @@ def _marks(question: Row, answer: str) -> tuple[float, float]:
 
 
 def _places(groups: Iterable[Sequence[str]]) -> dict[str, list[int]]:
-    """Places of the questions of each group."""
+    """Indices of the questions of each group."""
     found: dict[str, list[int]] = defaultdict(list)
     for place, names in enumerate(groups):
         for name in names:

@@ -1,4 +1,4 @@
-"""What is read off a result, and results by family."""
+"""Extracts measures from results, and groups results by family."""
 
 from collections.abc import Callable
 from statistics import variance
@@ -12,7 +12,7 @@ Value = Callable[[Result], float]
 Families = dict[str, list[Result]]
 
 COMPARED = ("full", "134m", "others", "134m_others", "seeds")
-"""Stages whose runs read the same text equally often."""
+"""Stages whose runs train on the same text for the same number of epochs."""
 NAMES = {
     "dense_x1": "dense",
     "dense_x2": "dense, twice the arithmetic",
@@ -30,26 +30,26 @@ NAMES = {
 ORDER = tuple(NAMES)
 """Order of the families in tables."""
 DENSE = ("dense_x1", "dense_x2", "134m_dense", "134m_dense_x2")
-"""The dense models of both sizes, which are one series: the one of 134m has 4.1 times the arithmetic of dense_x1."""
+"""The dense models of both sizes form one series: 134m_dense has 4.1 times the arithmetic of dense_x1."""
 
 
 def bits(text: str) -> Value:
-    """Bits per byte of a text at the end."""
+    """Final bits per byte of a text."""
     return lambda row: row["curve"][-1]["bits_per_byte"][text]
 
 
 def nats(group: str) -> Value:
-    """Negative log-likelihood of the answers of a group of questions at the end."""
+    """Final negative log-likelihood of the answers to a group of questions."""
     return lambda row: row["curve"][-1]["answers"][group]
 
 
 def match(group: str) -> Value:
-    """Exact match of written answers."""
+    """Exact match of generated answers."""
     return lambda row: row["written"][group]["exact_match"]
 
 
 def f1(group: str) -> Value:
-    """F1 of written answers."""
+    """F1 of generated answers."""
     return lambda row: row["written"][group]["f1"]
 
 
@@ -66,7 +66,7 @@ COMPARISONS = ("bits per byte, held out", "bits per byte, training articles", f"
 
 
 def families_of(rows: list[Result]) -> Families:
-    """The runs that read the same text equally often, by family."""
+    """The runs of the compared stages, by family."""
     measured = sorted(
         (row for row in rows if row["stage"] in COMPARED and row["family"] in ORDER),
         key=lambda row: (ORDER.index(row["family"]), row["seed"]),
@@ -75,7 +75,7 @@ def families_of(rows: list[Result]) -> Families:
 
 
 def seed_deviation(families: Families, value: Value) -> float | None:
-    """Standard deviation of a run's value over seeds, of all families that have several; None without one."""
+    """Standard deviation over seeds, pooled over all families with several; None if there are none."""
     several = [[value(row) for row in runs] for runs in families.values() if len(runs) > 1]
     freedom = sum(len(values) - 1 for values in several)
     return (sum(variance(values) * (len(values) - 1) for values in several) / freedom) ** 0.5 if freedom else None

@@ -1,7 +1,7 @@
-"""Makes the folder that the experiment reads out of public data sets: articles, questions, tokenizer.
+"""Builds the experiment's data folder from public data sets: articles, questions, tokenizer.
 
-The questions are drawn once, from fixed seeds, so that every model of every machine is asked the same ones. Which facts
-a text holds is found by comparing words, so it is noisy: a name may mean something else.
+The questions are drawn once, with fixed seeds, so that every model on every machine is asked the same ones. The facts
+that a text states are found by matching words, which is noisy: a name may refer to something else.
 """
 
 import json
@@ -30,26 +30,26 @@ OPEN_SETS = ("nq_open_test", "nq_open_dev", "triviaqa_dev", "triviaqa_test", "we
 FAMILY_OF = {"nq": "NaturalQuestions", "tr": "TriviaQA", "we": "WebQuestions"}
 CHOICE_SETS = ("piqa_test", "openbookqa_test", "arc_easy_test", "arc_challenge_test")
 SHOTS = 4
-"""Solved questions in front of each."""
+"""Number of solved questions in front of each question."""
 LONGEST_ANSWER = 6
-"""Words of the longest answer that is asked for."""
+"""Maximum number of words of an answer."""
 MOST_WORDS = 8
-"""Words of the longest name that is looked for in the text."""
+"""Maximum number of words of a name searched for in the text."""
 BINS = ("in no article", "in an article, in no paragraph", "1 paragraph", "2 or 3 paragraphs", "4 or more paragraphs")
-"""How often subject and object of a fact stand together in the text."""
+"""How often subject and object of a fact occur together in the text."""
 
 
 class Sizes(NamedTuple):
-    """How many questions are drawn."""
+    """Numbers of questions to draw."""
 
     in_text: int = 2000
     not_in_text: int = 1000
     squad: int = 500
-    """Of articles that are in the text, and as many of those that are not."""
+    """About articles in the text, and as many about others."""
     by_exposures: int = 400
-    """Of each of BINS."""
+    """For each of BINS."""
     choices: int = 500
-    """Of each set."""
+    """From each set."""
 
 
 def prepare(data: pathlib.Path, out: pathlib.Path, sizes: Sizes | None = None) -> None:
@@ -76,29 +76,29 @@ def prepare(data: pathlib.Path, out: pathlib.Path, sizes: Sizes | None = None) -
 
 
 def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
-    """Compressed JSON lines."""
+    """Writes compressed JSON lines."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(path, lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def words(name: str) -> str:
-    """What of a name is compared: its words in small letters."""
+    """Normalises a name for comparison: its words in lower case."""
     return " ".join(re.findall(r"\w+", name.lower()))
 
 
 class Counted(NamedTuple):
-    """What `Phrases.count` found."""
+    """Occurrences counted by `Phrases.count`."""
 
     of: Counter[str]
     """How often each name occurs."""
     articles: Counter[int]
-    """By number of the fact, the articles that name its subject and one of its answers."""
+    """For each fact (by index), the number of articles that name its subject and one of its answers."""
     paragraphs: Counter[int]
     """The same for paragraphs."""
 
 
 class Phrases:
-    """Names to be found in a text, and facts that join them."""
+    """Names to find in a text, and facts that connect them."""
 
     def __init__(self, names: Iterable[str], facts: Sequence[Fact]):
         self._names = {phrase for name in names if 0 < len((phrase := words(name)).split()) <= MOST_WORDS}
@@ -148,7 +148,7 @@ class Phrases:
 
 
 def _open_questions(data: pathlib.Path, rng: random.Random, sizes: Sizes) -> list[Row]:
-    """Questions that an article of the text answers, and others of the same sets in the same shares."""
+    """Questions answered by an article of the text, and others, drawn from the same sets in the same proportions."""
     answered = {(row["set"], row["row"]) for row in read(data / "factual_qa/wiki_support.jsonl.xz")}
     both: dict[bool, dict[str, list[Row]]] = {True: defaultdict(list), False: defaultdict(list)}
     for name in OPEN_SETS:
@@ -167,12 +167,12 @@ def _open_questions(data: pathlib.Path, rng: random.Random, sizes: Sizes) -> lis
 
 
 def _short(answers: Iterable[str]) -> list[str]:
-    """The answers of letters or digits that are short enough to be written."""
+    """The answers that contain words and are short enough to generate."""
     return [answer for answer in answers if 0 < len(words(answer).split()) <= LONGEST_ANSWER]
 
 
 def _squad(data: pathlib.Path, rng: random.Random, sizes: Sizes, titles: set[str]) -> list[Row]:
-    """SQuAD's questions, closed-book: about articles that are in the text, and about others."""
+    """SQuAD's questions, closed-book: about articles in the text, and about others."""
     found: dict[bool, list[Row]] = {True: [], False: []}
     for part in ("train", "dev"):
         for row in read(data / f"squad11/{part}.jsonl.xz"):
@@ -186,16 +186,16 @@ def _squad(data: pathlib.Path, rng: random.Random, sizes: Sizes, titles: set[str
 
 
 def _target(answers: Sequence[str], count: Counted) -> str:
-    """Of several names for an answer the one that the text uses most, without signs where there is a choice."""
+    """The alias of an answer that the text uses most; among equals, preferably one without special characters."""
     return max(answers, key=lambda name: (count.of[words(name)], re.fullmatch(r"[\w .,'&-]+", name) is not None))
 
 
 def _facts(facts: list[Fact], count: Counted, rng: random.Random, sizes: Sizes) -> list[Row]:
-    """EntityQuestions, as many of each number of exposures."""
+    """EntityQuestions, the same number for each bin of exposures."""
     found = defaultdict(list)
     for number, fact in enumerate(facts):
         answers = _short(fact.answers)
-        # Where the question itself names the answer, there is nothing to know.
+        # A question that names its own answer tests no knowledge.
         if answers and not any(words(answer) in words(fact.question) for answer in answers):
             together = count.paragraphs[number]
             place = (1 if count.articles[number] else 0) if not together else 2 if together == 1 else 3
@@ -208,11 +208,11 @@ def _facts(facts: list[Fact], count: Counted, rng: random.Random, sizes: Sizes) 
 
 
 def _shots(questions: list[Row], rng: random.Random) -> list[Row]:
-    """Solved questions to stand in front of the others of their set; they are no longer asked."""
+    """Removes a few questions of each set from the list, to serve as solved examples for the others."""
     taken: list[Row] = []
     by_set = defaultdict(list)
     for row in questions:
-        # Not answered by the text, so that no shot takes away what the text could have taught.
+        # Not answered by the text, so that no question about the text is lost.
         if not row.get("in_text") and row.get("bin", BINS[0]) == BINS[0]:
             by_set[row["set"]].append(row)
     for rows in by_set.values():
@@ -229,7 +229,7 @@ def _choices(data: pathlib.Path, rng: random.Random, sizes: Sizes) -> Iterator[R
 
 
 def _code(data: pathlib.Path) -> Iterator[Row]:
-    """Programs with what they are to do, to be read: models of these sizes write none."""
+    """Programs with their descriptions, for scoring only: models of these sizes cannot write any."""
     for row in read(data / "code_eval/HumanEval.jsonl.gz"):
         yield {"set": "HumanEval", "code": row["prompt"] + row["canonical_solution"]}
     for row in read(data / "code_eval/mbpp.jsonl"):

@@ -1,4 +1,4 @@
-"""README's tables and figure, from the results alone; a part whose runs are not there yet is left out."""
+"""The README's tables and figure, made only from results; parts without results are omitted."""
 
 import pathlib
 from statistics import fmean
@@ -44,7 +44,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
 
 
 def headline(families: Families) -> list[str]:
-    """Sizes, and what every text and question costs in the end."""
+    """Sizes, and final losses on all texts and questions."""
     head = ("family", "FLOPs per token", "dense", "tables, experts", "lr, of tables", *MEASURES)
     lines = []
     for name, runs in families.items():
@@ -64,7 +64,7 @@ def headline(families: Families) -> list[str]:
 
 
 def repeated(families: Families, again: dict[str, Result]) -> list[str]:
-    """What was trained twice from one seed: both values, and those of all its seeds."""
+    """Runs trained twice with one seed: both values, and the spread over all seeds."""
     first = {row["name"]: row for runs in families.values() for row in runs}
     twice = [(first[name], row) for name, row in again.items() if name in first]
     if not twice:
@@ -80,7 +80,7 @@ def repeated(families: Families, again: dict[str, Result]) -> list[str]:
 
 
 def written(families: Families) -> list[str]:
-    """Exact match and F1 of written answers."""
+    """Exact match and F1 of generated answers."""
     groups = (IN_TEXT, NOT_IN_TEXT, *SQUAD)
     row = next(iter(families.values()))[0]
     counts = ", ".join(f"{row['written'][group]['questions']:,} {group}" for group in groups)
@@ -124,7 +124,7 @@ def by_exposures(families: Families) -> list[str]:
 
 
 def slots(families: Families) -> list[str]:
-    """How evenly the tables were read in the last part of the training, and what they hold."""
+    """How evenly the tables were read in the last part of training, and the loss with tables zeroed."""
     lines = []
     for name, runs in families.items():
         if "zeroed" not in runs[0]:
@@ -168,7 +168,7 @@ def other_sets(families: Families) -> list[str]:
 
 
 def longer(rows: list[Result], families: Families) -> list[str]:
-    """The runs of more epochs beside those of the headline."""
+    """Runs of more epochs, beside those of the headline."""
     if not rows:
         return []
     lines = []
@@ -181,7 +181,7 @@ def longer(rows: list[Result], families: Families) -> list[str]:
 
 
 def ablations(rows: list[Result], families: Families) -> list[str]:
-    """What each change of Memory+ does."""
+    """The effect of each change to Memory+."""
     if not rows:
         return []
     base = next((row for row in rows if not row["settings"]), None)
@@ -226,7 +226,7 @@ def large(rows: list[Result]) -> list[str]:
 
 
 def grid(rows: list[Result]) -> list[str]:
-    """The rates that were tried."""
+    """The learning rates that were tried."""
     if not rows:
         return []
     lines = [

@@ -1,4 +1,4 @@
-"""One training on text: the library's step on rows of tokens that are on the device, and measures of the model."""
+"""Training on text: the library's step on rows of tokens kept on the device, and measures of the model."""
 
 import dataclasses
 import math
@@ -25,47 +25,47 @@ from realtext import grading
 from realtext.corpus import STREAMS, WIDTH, Corpus, Spans
 
 MOST_STEPS = 33
-"""Steps for each call of the device."""
+"""Maximum number of steps per compiled call."""
 WARMUP_STEPS = 200
 ANSWER_TOKENS = 10
-"""The most tokens of an answer that is written."""
+"""Maximum number of tokens of a generated answer."""
 EVALUATED_TOKENS = 1 << 15
-"""Tokens of a batch of the evaluation."""
+"""Tokens per evaluation batch."""
 
 
 Measures = Literal["all", "curve", "loss"]
 
 
 class Length(NamedTuple):
-    """How long a run is."""
+    """Length of a run."""
 
     steps: int
     chunk: int
-    """Steps for each call of the device."""
+    """Steps per compiled call."""
     points: tuple[int, ...]
-    """Steps after which the model is measured; the last one is the end."""
+    """Steps after which the model is measured, including the last."""
 
 
 class Scores(NamedTuple):
-    """Of rows of tokens."""
+    """Scores of rows of tokens."""
 
     nats: np.ndarray
-    """-log p of what is scored."""
+    """-log p of the scored span."""
     greedy: np.ndarray
-    """Whether each of its tokens is the likeliest."""
+    """Whether every token of the span is the most likely one."""
 
 
 class TextTrainer(Trainer):
     """Trains a model on text."""
 
     def __init__(self, config: RunConfig, corpus: Corpus):
-        """The config's own rates must be constant and 1: those of a run are factors on them."""
+        """The config's learning rates must be constant and 1; the rates of a run multiply them."""
         if config.model.vocab_size < corpus.tokenizer.vocab_size:
             raise ValueError(f"model.vocab_size={config.model.vocab_size} is below {corpus.tokenizer.vocab_size}")
         super().__init__(config, TrainProgram.of(config))
         self.corpus = corpus
         self.length = config.data.sequence_length
-        # A row has one token more than predictions: rows that begin where the one before ends.
+        # A row has one token more than predictions, so each row begins with the last token of the one before.
         self.num_rows = (len(corpus.train) - 1) // self.length
         self.stream = jnp.asarray(np.asarray(corpus.train[: self.num_rows * self.length + 1]))
         self.texts = {name: corpus.texts[name].rows(self.length) for name in STREAMS}
@@ -83,16 +83,16 @@ class TextTrainer(Trainer):
         deadline: float | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> dict[str, Any]:
-        """Trains and measures a model; the result as JSON values.
+        """Trains and measures a model; returns the result as JSON values.
 
         Args:
-            rates: highest rates.
+            rates: peak learning rates.
             epochs: how often each row is read, on average.
             points: how often the model is measured, evenly over the run.
             seed: of initialisation and data order.
-            measures: all; curve: texts and the likelihood of answers only; loss: nothing but the training's loss.
-            deadline: `time.time()` at which the run must have ended.
-            tell: takes lines of progress.
+            measures: all; curve: only texts and the likelihood of answers; loss: only the training loss.
+            deadline: `time.time()` by which the run must have ended.
+            tell: receives progress lines.
 
         Raises:
             OutOfTime: the deadline would be missed.
@@ -129,12 +129,12 @@ class TextTrainer(Trainer):
         }
 
     def measure(self, state: TrainState) -> dict[str, Any]:
-        """Bits per byte of the texts, and the answers' negative log-likelihoods by group."""
+        """Bits per byte of the texts, and negative log-likelihoods of the answers by group."""
         asked = self.score(state, self.corpus.asked)
         return {"bits_per_byte": self.bits_per_byte(state), "answers": grading.nats(self.corpus.questions, asked.nats)}
 
     def bits_per_byte(self, state: TrainState) -> dict[str, float]:
-        """Of each text."""
+        """Bits per byte of each text."""
         found = {}
         for name, rows in self.texts.items():
             ends = np.tile(np.array([[1, self.length + 1]], np.int32), (len(rows), 1))
@@ -143,14 +143,14 @@ class TextTrainer(Trainer):
         return found
 
     def slots(self, state: TrainState) -> dict[str, dict[str, float]]:
-        """How evenly the slots were read since the counters began, by layer."""
+        """How evenly the slots were read since the counters were reset, by layer."""
         return {
             name: {field: float(value) for field, value in statistics(counts)._asdict().items()}
             for name, counts in state.reads.items()
         }
 
     def examine(self, state: TrainState) -> dict[str, Any]:
-        """What is measured at the end only: written answers, multiple choice, the model without its tables."""
+        """Measures taken only at the end: generated answers, multiple choice, the model without its tables."""
         questions, chosen = self.corpus.questions, self.score(state, self.corpus.chosen)
         written = [self.corpus.tokenizer.decode(ids) for ids in self.write(state, self.corpus.asked)]
         found = {
@@ -168,7 +168,7 @@ class TextTrainer(Trainer):
         return found | {"zeroed": self.measure(dataclasses.replace(state, tables=tables))}
 
     def score(self, state: TrainState, rows: Spans) -> Scores:
-        """What the model gives to the scored part of each row; begin tokens are never scored."""
+        """Scores the given span of each row; BOS tokens are never scored."""
         parts = [
             self._score(state.params, state.tables, tokens, ends)
             for tokens, ends, _ in _batches(rows, EVALUATED_TOKENS // rows.tokens.shape[1])
@@ -177,7 +177,7 @@ class TextTrainer(Trainer):
         return Scores(*(np.concatenate(column)[: len(rows.tokens)] for column in columns))
 
     def write(self, state: TrainState, rows: Spans) -> list[list[int]]:
-        """What the model writes in place of each row's answer, greedily."""
+        """Greedily generated tokens in place of each row's answer."""
         written: list[list[int]] = []
         for tokens, ends, count in _batches(rows, EVALUATED_TOKENS // WIDTH):
             found = np.asarray(self._write(state.params, state.tables, tokens, ends[:, 0]))
@@ -189,7 +189,7 @@ class TextTrainer(Trainer):
         return written
 
     def step_of(self, data: Array, rows: Array) -> tuple[TrainProgram, Batch]:
-        """The program, and the rows as a batch, cut into the config's micro-batches."""
+        """The program, and the rows as a batch, split into the config's micro-batches."""
         places = rows[:, None] * self.length + jnp.arange(self.length + 1)[None, :]
         tokens = data[places].astype(jnp.int32)
         shape = (self.config.train.grad_accum_steps, -1, self.length)
@@ -219,14 +219,14 @@ class TextTrainer(Trainer):
 
 
 def length_of(steps: float, points: int) -> Length:
-    """About so many steps, in calls of the device that are all of one length and meet the points."""
+    """The length closest to `steps` with compiled calls of equal length that end at the points."""
     chunk = max(1, min(MOST_STEPS, round(steps / points)))
     per_point = max(1, round(steps / points / chunk)) * chunk
     return Length(per_point * points, chunk, tuple(per_point * point for point in range(1, points + 1)))
 
 
 def draw_order(num_rows: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
-    """Which row stands where in each batch, [steps, batch_size]; all rows are shuffled anew in every epoch."""
+    """Row indices of each batch, [steps, batch_size]; all rows are reshuffled in every epoch."""
     rng = np.random.default_rng([seed, 4])
     count = steps * batch_size
     shuffled = [rng.permutation(num_rows) for _ in range(-(-count // num_rows))]
@@ -234,7 +234,7 @@ def draw_order(num_rows: int, batch_size: int, steps: int, seed: int) -> np.ndar
 
 
 def _batches(rows: Spans, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Tokens and ends of `size` rows each, where there are so many, and how many do not only fill the last batch."""
+    """Batches of `size` rows (or all, if fewer): tokens, ends, and the number of rows that are not just filling."""
     size = max(1, min(size, len(rows.tokens)))
     for start in range(0, len(rows.tokens), size):
         some = np.arange(start, start + size) % len(rows.tokens)

@@ -1,4 +1,4 @@
-"""A process that trains one model after the other on text: `python -m realtext.worker`, started by factlab.runs."""
+"""A process that trains one model after another on text: `python -m realtext.worker`, started by factlab.runs."""
 
 import functools
 import pathlib
@@ -38,8 +38,8 @@ def _corpus(data: str, work: str) -> Corpus:
 
 @functools.lru_cache(maxsize=1)
 def _trainer(config: str, settings: tuple[str, ...], vocab_size: int, data: str, work: str) -> training.TextTrainer:
-    """The programs of one model; those of the model before are given back, so that their memory is free."""
-    # The next multiple of 128, which matrix products like.
+    """A trainer for one model; the previous model's programs are dropped to free their memory."""
+    # Matrix products are fastest for multiples of 128.
     padded = -(-vocab_size // 128) * 128
     jax.clear_caches()
     given = load_config(RunConfig, pathlib.Path(config), ["--model.vocab_size", str(padded), *settings])

@@ -1,1 +1,1 @@
-"""What 005 adds to factlab: a base that knows text and facts, ways to teach it more, and what is measured after."""
+"""Code of experiment 005, beyond factlab: facts to teach, methods of teaching, and measures of what is forgotten."""

@@ -1,4 +1,4 @@
-"""Facts to know, to learn and to ask about: EntityQuestions, CounterFact, and Wikipedia around them."""
+"""Facts that the base knows or is to learn, from EntityQuestions and CounterFact, and text from Wikipedia."""
 
 import functools
 import itertools
@@ -22,11 +22,11 @@ ARTICLES, HELD_OUT = "wiki/wiki_a.jsonl.xz", "wiki/wiki_heldout.jsonl.xz"
 OLD, NEW = "entity_questions/train.jsonl.xz", "entity_questions/dev.jsonl.xz"
 EDITS = "counterfact/counterfact_edit.jsonl.xz"
 TRAINED = 3
-"""Statements in which a new fact is learned; the fourth and the question are only asked."""
+"""Number of statements used to teach a new fact; the fourth and the question are only for testing."""
 
 
 class Asked(NamedTuple):
-    """Something to score."""
+    """A prompt and the answer to score."""
 
     prompt: str
     answer: str
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
 
 class NewFact(NamedTuple):
-    """A fact in wordings to learn and in others to ask."""
+    """A fact, with wordings for teaching and others for testing."""
 
     learned: tuple[str, ...]
     asked: tuple[str, ...]
@@ -42,24 +42,24 @@ class NewFact(NamedTuple):
     instead: str = ""
     """CounterFact: what was true before."""
     neighbour: str = ""
-    """CounterFact: a prompt about another subject, whose answer `instead` should stay."""
+    """CounterFact: a prompt about another subject, whose answer should remain `instead`."""
 
     @property
     def fact(self) -> Fact:
-        """As memjax learns it."""
+        """The fact in the form that memjax learns."""
         return Fact(tuple((Segment(prompt, False), Segment(self.answer, True)) for prompt in self.learned))
 
 
 class OldFact(NamedTuple):
-    """A fact of the base's training."""
+    """A fact that the base was trained on."""
 
     told: tuple[str, ...]
-    """Prompts of the training."""
+    """Its training prompts."""
     question: Asked
 
 
 def old_facts(data: pathlib.Path, count: int) -> list[OldFact]:
-    """Facts of EntityQuestions' training part; the base's training asks the question of every second one."""
+    """Facts of EntityQuestions' training part; the base is trained on the question of every second one."""
     facts = _drawn(_questions(data / OLD), count)
     found = []
     for number, fact in enumerate(facts):
@@ -70,7 +70,7 @@ def old_facts(data: pathlib.Path, count: int) -> list[OldFact]:
 
 
 def new_facts(data: pathlib.Path, count: int) -> list[NewFact]:
-    """Facts of its development part, about subjects that the training part does not have."""
+    """Facts of EntityQuestions' development part, about subjects that are not in the training part."""
     known = {fact.subject for fact in _questions(data / OLD)}
     fresh = [fact for fact in _questions(data / NEW) if fact.subject not in known]
     found = []
@@ -81,7 +81,7 @@ def new_facts(data: pathlib.Path, count: int) -> list[NewFact]:
 
 
 def edits(data: pathlib.Path, count: int) -> list[NewFact]:
-    """Facts of CounterFact, which are not true: the new answer is learned in one wording and asked in another."""
+    """False facts from CounterFact: the new answer is taught in one wording and tested in another."""
     rows = [row for row in read(data / EDITS) if row["prompt"] and row["rephrase_prompt"]]
     return [
         NewFact(
@@ -98,7 +98,7 @@ def edits(data: pathlib.Path, count: int) -> list[NewFact]:
 def write_training(
     data: pathlib.Path, out: pathlib.Path, facts: list[OldFact], articles: int
 ) -> dict[str, pathlib.Path]:
-    """The base's text as JSON lines: articles, and facts in all wordings that training shows; returns the files."""
+    """Writes the base's training data as JSON lines: articles, and facts in all training wordings."""
     out.mkdir(parents=True, exist_ok=True)
     paths = {"articles": out / "articles.jsonl", "facts": out / "facts.jsonl"}
     rows = itertools.islice(read(data / ARTICLES), articles)
@@ -110,12 +110,12 @@ def write_training(
 
 
 def held_out_text(data: pathlib.Path, characters: int) -> list[str]:
-    """The beginnings of articles that no training shows."""
+    """The beginnings of held-out articles."""
     return [row["text"][:characters] for row in read(data / HELD_OUT)]
 
 
 def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines.
+    """The rows of a JSON lines file.
 
     Raises:
         DataError: there is no such file.

@@ -1,4 +1,4 @@
-"""Small files of the real ones' form, for the size that only shows that everything runs."""
+"""Small generated files in the form of the real ones, for the size that only shows that everything runs."""
 
 import json
 import lzma
@@ -15,7 +15,7 @@ _SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "to", "vi")
 
 
 def write(folder: pathlib.Path) -> None:
-    """Writes every file that `--data` has to have."""
+    """Writes every file that `--data` must contain."""
     rng = random.Random(0)
     word = lambda: "".join(rng.choices(_SYLLABLES, k=3))
     names = [f"{word().title()} {word().title()} {number}" for number in range(80)]

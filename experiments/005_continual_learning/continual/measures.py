@@ -1,4 +1,4 @@
-"""What a model knows: questions answered exactly, which of two answers is likelier, bits per byte."""
+"""Measures of a model's knowledge: exact answers, which of two answers is more likely, bits per byte."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ from memjax.inference.scoring import Score, score
 from memjax.models.decoder import Decoder
 
 LENGTH = 128
-"""Tokens of the longest question with its answer."""
+"""Maximum number of tokens of a question with its answer."""
 BATCH = 512
 
 
 class Questions:
-    """Questions made to tokens once, asked of many models."""
+    """Questions tokenised once, to test many models."""
 
     def __init__(self, tokenizer: Tokenizer, asked: Sequence[Asked], *, end: bool = True):
-        """`end`: whether the answer must also stop there."""
+        """`end`: whether the answer must be followed by the end of text."""
         self.requests = answer_requests(tokenizer, asked, end=end)
 
     def scores(self, model: Decoder) -> list[Score]:
-        """Of each."""
+        """The score of each answer."""
         return score(model, self.requests, max_length=LENGTH, batch_size=BATCH)
 
     def right(self, model: Decoder) -> np.ndarray:
-        """Which are answered exactly: the likeliest token after each, end of text included."""
+        """Which questions are answered exactly, by greedy decoding including the end of text."""
         return np.array([found.is_greedy for found in self.scores(model)])
 
 
 class OfFacts:
-    """New facts in the wordings that were learned and in those that were not, one after the other."""
+    """Tests new facts in wordings that were taught and in others."""
 
     def __init__(self, tokenizer: Tokenizer, facts: Sequence[NewFact]):
         self.counts = [len(fact.asked) for fact in facts]
@@ -43,20 +43,20 @@ class OfFacts:
         self._learned = Questions(tokenizer, [Asked(fact.learned[0], fact.answer) for fact in facts])
 
     def measure(self, model: Decoder) -> dict[str, Any]:
-        """Shares that are answered exactly."""
+        """Shares of questions answered exactly."""
         return {
             "paraphrases": float(self._asked.right(model).mean()),
             "as_learned": float(self._learned.right(model).mean()),
         }
 
     def paraphrases(self, model: Decoder) -> np.ndarray:
-        """The share of each fact's wordings that is answered."""
+        """The share of each fact's test wordings that are answered."""
         ends = np.cumsum(self.counts)
         return np.array([part.mean() for part in np.split(self._asked.right(model), ends[:-1])])
 
 
 class OfEdits:
-    """CounterFact: whether the new answer is likelier than the one before, and the neighbours' the other way round."""
+    """CounterFact: whether the new answer is more likely than the old one, and the reverse for neighbours."""
 
     def __init__(self, tokenizer: Tokenizer, facts: Sequence[NewFact]):
         kinds = {
@@ -71,7 +71,7 @@ class OfEdits:
         }
 
     def measure(self, model: Decoder) -> dict[str, Any]:
-        """Shares in which the first of the two is likelier, and their harmonic mean."""
+        """Shares in which the expected answer of the two is more likely, and their harmonic mean."""
         shares = {}
         for name, questions in self._pairs.items():
             found = np.array([one.log_likelihood for one in questions.scores(model)]).reshape(-1, 2)
@@ -81,5 +81,5 @@ class OfEdits:
 
 
 def text_bits(model: Decoder, tokenizer: Tokenizer, texts: Sequence[str], length: int) -> float:
-    """Bits per byte of texts that no training has shown."""
+    """Bits per byte of held-out texts."""
     return bits_per_byte(model, tokenizer, texts, sequence_length=length, batch_size=64).bits_per_byte

@@ -1,4 +1,4 @@
-"""Ways to teach a model facts: rows of its tables through memjax's own `learn`, or dense parameters as a baseline."""
+"""Methods of teaching a model facts: table rows, by memjax's own `learn`, or dense parameters as a baseline."""
 
 import functools
 from collections.abc import Sequence
@@ -20,38 +20,38 @@ from memjax.models.loss import summed_loss
 from memjax.models.parts import split_decoder, writable
 
 ROWS = ("sparse", "tf_only", "random_rows", "all_rows")
-"""Methods that change rows of tables and nothing else."""
+"""Methods that change only rows of tables."""
 DENSE = ("lora", "full")
 RANK_TO_ALPHA = 2.0
-"""LoRA's alpha over its rank."""
+"""LoRA's alpha divided by its rank."""
 WEIGHT_DECAY = 0.1
-"""Of full finetuning, as in arXiv:2510.15103."""
+"""Weight decay of full finetuning, as in arXiv:2510.15103."""
 
 
 class Method(NamedTuple):
-    """How facts are learned."""
+    """How facts are taught."""
 
     name: str
     """One of ROWS or DENSE."""
     lr: float
-    """Of the first step; it falls to zero in a straight line."""
+    """Learning rate of the first step; it decays linearly to zero."""
     rows: int = 0
     """Rows of a table that a step may change."""
     rank: int = 0
-    """LoRA."""
+    """Rank of LoRA."""
     optimizer: str = "sgd"
-    """Of rows: sgd or rowwise_adam. Dense parameters are learned by AdamW."""
+    """Optimizer of rows: sgd or rowwise_adam. Dense parameters use AdamW."""
     epochs: int = 1
 
 
 class Learned(NamedTuple):
-    """What came of it."""
+    """The result of teaching."""
 
     model: Decoder
     stored: int
-    """Numbers that have to be kept to make this model of the base."""
+    """Numbers that must be stored to restore this model from the base."""
     rows: int
-    """Rows of tables that have changed."""
+    """Table rows that have changed."""
 
 
 def teach(
@@ -65,7 +65,7 @@ def teach(
     known: Sequence[Record] = (),
     replay: int = 0,
 ) -> Learned:
-    """Teaches a model facts, one in a step, each in all its wordings; the given model stays as it is."""
+    """Teaches a model facts, one per step in all its wordings; does not modify the given model."""
     if method.name in DENSE:
         return _dense(model, tokenizer, facts, method)
     num_slots = next(iter(background.counts.values())).shape[0]
@@ -86,7 +86,7 @@ def teach(
 
 
 def changed_rows(model: Decoder, learned: Decoder) -> int:
-    """Rows that differ."""
+    """Number of table rows that differ."""
     old, new = (writable(split_decoder(one)[2]) for one in (model, learned))
     return sum(int(jnp.any(old[name] != new[name], axis=1).sum()) for name in old)
 
@@ -94,13 +94,13 @@ def changed_rows(model: Decoder, learned: Decoder) -> int:
 def _background_for(
     method: Method, background: Background, model: Decoder, tokenizer: Tokenizer, facts: Sequence[Fact]
 ) -> Background:
-    """The background with which memjax's choice of rows is that of the method."""
+    """The background counts that make memjax select rows as the method does."""
     if method.name == "sparse":
         return background
-    # Slots that no text reads all have the same idf.
+    # Slots read by no text all have the same idf.
     counts = {pool: np.zeros_like(found) for pool, found in background.counts.items()}
     if method.name == "random_rows":
-        # A slot that every text reads is never chosen: of the others a fact reads as many as it may change.
+        # Slots read by every text are never selected; mark so many that a fact reads about `rows` others.
         read = _rows_of_a_fact(model, tokenizer, facts)
         rng = np.random.default_rng(0)
         for found in counts.values():
@@ -109,7 +109,7 @@ def _background_for(
 
 
 def _rows_of_a_fact(model: Decoder, tokenizer: Tokenizer, facts: Sequence[Fact], most: int = 32) -> float:
-    """Rows that a fact reads in all its wordings, on average over some."""
+    """Average number of rows that a fact reads in all its wordings, over at most `most` facts."""
     counted = [count_texts(model, tokenizer, fact.wordings, length=64, batch_size=4).counts for fact in facts[:most]]
     return float(np.mean([sum(int((found > 0).sum()) for found in counts.values()) for counts in counted]))
 
@@ -147,7 +147,7 @@ def _dense(model: Decoder, tokenizer: Tokenizer, facts: Sequence[Fact], method: 
         updates, state = optimizer.update(gradients, state, trainable)
         return optax.apply_updates(trainable, updates), state
 
-    trainable = jax.tree.map(jnp.copy, trainable)  # which the step donates
+    trainable = jax.tree.map(jnp.copy, trainable)  # the step donates it
     state, order = optimizer.init(trainable), np.random.default_rng(0)
     for epoch in range(method.epochs):
         for place, number in enumerate(order.permutation(len(facts)).tolist()):
@@ -160,7 +160,7 @@ def _dense(model: Decoder, tokenizer: Tokenizer, facts: Sequence[Fact], method: 
 
 
 def _lora(params: Any, rank: int) -> dict[str, tuple[Array, Array]]:
-    """Two thin matrices for every matrix of the blocks, the second of them zero (arXiv:2106.09685)."""
+    """Two low-rank factors for every matrix of the blocks, the second initialised to zero (arXiv:2106.09685)."""
     key, found = jax.random.key(0), {}
     for place, leaf in _matrices(params):
         rows, columns = _flat(leaf).shape
@@ -185,5 +185,5 @@ def _matrices(params: Any) -> list[tuple[str, Array]]:
 
 
 def _flat(leaf: Array) -> Array:
-    """A parameter of several axes as a matrix with its first axis as rows."""
+    """A parameter as a matrix, with its first axis as rows."""
     return leaf.reshape(leaf.shape[0], -1)

@@ -1,4 +1,4 @@
-"""README's tables, made of the results alone: the choice of the grid's settings, and what they learn and forget."""
+"""The README's tables, made only from results: the chosen settings, and what they learn and forget."""
 
 import pathlib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from factlab.report import NOT_RUN, grouped, markdown, spread
 from factlab.runs import Result
 
 LEARNED = 0.70
-"""Of the wordings that were never learned: what a setting must reach to be compared."""
+"""Share of untaught wordings that must be answered for a setting to be compared."""
 TRIED = ("grid", "between", "closer")
 """Stages that try settings."""
 
@@ -20,11 +20,11 @@ MEASURES = (
     "bits per byte",
     "rows changed",
 )
-"""Columns of what every run measures."""
+"""Columns of measures that every run has."""
 
 
 def chosen(results: Iterable[Result]) -> list[Result]:
-    """Of every method the setting that forgets least of those that learn enough; else what learns most."""
+    """For each method, the setting that forgets least among those that learn enough, else the one that learns most."""
     best = []
     for rows in grouped((row for row in results if row["stage"] in TRIED), lambda row: (row["family"],)).values():
         enough = [row for row in rows if row["paraphrases"] >= LEARNED]
@@ -37,7 +37,7 @@ def chosen(results: Iterable[Result]) -> list[Result]:
 
 
 def report(rows: list[Result], folder: pathlib.Path) -> str:
-    """The headline, CounterFact, parts and patches, and the grid."""
+    """The headline, the larger base, CounterFact, parts and patches, and the grid."""
     del folder  # no picture
     picked = {name_of(row): row for row in chosen(rows)}
     if not picked:

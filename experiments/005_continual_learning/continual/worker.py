@@ -1,4 +1,4 @@
-"""A process that teaches bases facts, a way after the other: `python -m continual.worker`, started by factlab.runs."""
+"""A process that teaches facts to bases: `python -m continual.worker`, started by factlab.runs."""
 
 import contextlib
 import fcntl
@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 class Base:
-    """A trained base, and everything that is asked of models that were made of it."""
+    """A trained base, and the tests for models derived from it."""
 
     def __init__(self, task: dict[str, Any]):
         data, work, self.size = pathlib.Path(task["data"]), pathlib.Path(task["work"]), task["size"]
@@ -57,7 +57,7 @@ class Base:
         return count_texts(self.model, self.tokenizer, records, length=self.length)
 
     def known(self) -> dict[str, Any]:
-        """What the base itself knows."""
+        """Measures of the base itself."""
         return {
             "old_right": int(self.right.sum()),
             "old_asked": len(self.right),
@@ -66,7 +66,7 @@ class Base:
         }
 
     def lost(self, model: Decoder) -> dict[str, Any]:
-        """What of that has gone."""
+        """What a model derived from the base has forgotten."""
         bits = text_bits(model, self.tokenizer, self.texts, self.length)
         right = self._old.right(model)
         return {
@@ -100,13 +100,13 @@ def _base(task: str) -> Base:
 
 
 def _together(base: Base, method: Method) -> dict[str, Any]:
-    """All new facts in one go, one fact a step."""
+    """Teaches all new facts together, one per step."""
     model, told = _teach(base, base.model, base.new, method)
     return {**told, **base.of_new.measure(model), **base.lost(model)}
 
 
 def _in_parts(base: Base, method: Method) -> dict[str, Any]:
-    """Ten parts one after the other, each learned to its end before the next one begins."""
+    """Teaches parts in sequence, each to completion before the next begins."""
     model, seconds = base.model, 0.0
     for part in _parts(base):
         model, told = _teach(base, model, part, method)
@@ -117,7 +117,7 @@ def _in_parts(base: Base, method: Method) -> dict[str, Any]:
 
 
 def _merged(base: Base, method: Method) -> dict[str, Any]:
-    """Ten patches, each of the base, and their sum."""
+    """Teaches each part to the base separately, then sums the patches."""
     if method.name not in ROWS:
         raise ValueError(f"only rows are merged, not {method.name}")
     parts, params, tables = split_decoder(base.model)
@@ -135,7 +135,7 @@ def _merged(base: Base, method: Method) -> dict[str, Any]:
 
 
 def _edits(base: Base, method: Method) -> dict[str, Any]:
-    """CounterFact instead of new facts."""
+    """Teaches CounterFact instead of new facts."""
     model, told = _teach(base, base.model, base.edits, method)
     before = {f"{name}_before": value for name, value in base.of_edits.measure(base.model).items()}
     return {**told, **before, **base.of_edits.measure(model), **base.lost(model)}
@@ -169,7 +169,7 @@ def _split(items: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
 
 
 def _train(task: dict[str, Any], data: pathlib.Path, work: pathlib.Path, old: Sequence[sets.OldFact]) -> float:
-    """Trains a base where no process of this machine has done so; returns the seconds that it took."""
+    """Trains a base unless a process on this machine has done so; returns the seconds that it took."""
     run, done = work / f"base{task['seed']}", work / f"base{task['seed']}.json"
     work.mkdir(parents=True, exist_ok=True)
     with _alone(work / "text.lock"):
@@ -192,7 +192,7 @@ def _train(task: dict[str, Any], data: pathlib.Path, work: pathlib.Path, old: Se
 
 @contextlib.contextmanager
 def _alone(path: pathlib.Path) -> Iterator[None]:
-    """One process at a time."""
+    """Lets one process at a time run the block."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
