@@ -1,8 +1,8 @@
-"""Layouts of arrays under the ambient mesh (`jax.set_mesh`) with the axes ('data', 'memory', 'tensor').
+"""Sharding of arrays under the ambient mesh (`jax.set_mesh`) with the axes ('data', 'memory', 'tensor').
 
-Tokens are split over `data` and `memory`, the columns of a table over `memory`; `tensor`, which a mesh need not have,
-splits dense parameters only, and how is left to XLA. Without a mesh, or without a `memory` axis, everything here leaves
-arrays as they are, so one device, a mesh and a caller's own model run the same code.
+Tokens are sharded over `data` and `memory`, the columns of a table over `memory`. The optional axis `tensor` shards
+dense parameters only, and how they are used is left to XLA. Without a mesh, or without a `memory` axis, everything here
+leaves arrays as they are, so one device, a mesh and a caller's own model run the same code.
 """
 
 import math
@@ -26,13 +26,13 @@ Tree = TypeVar("Tree")
 
 
 def _automatic_sizes() -> dict[str, int]:
-    """Sizes of the ambient mesh's axes, without those that are a caller's own in a `jax.shard_map`."""
+    """Sizes of the ambient mesh's axes, except those that are manual in a caller's `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
 def has_memory_axis() -> bool:
-    """Whether the ambient mesh splits tokens and tables: it has both axes, and not only devices along `tensor`."""
+    """Whether the ambient mesh shards tokens and tables: it has both axes, and not all devices are along `tensor`."""
     sizes = _automatic_sizes()
     if not {rules.DATA, rules.MEMORY} <= sizes.keys():
         return False
@@ -40,15 +40,15 @@ def has_memory_axis() -> bool:
 
 
 def has_several_devices() -> bool:
-    """Whether the ambient mesh splits anything at all."""
+    """Whether the ambient mesh shards anything at all."""
     return {rules.DATA, rules.MEMORY} <= _automatic_sizes().keys() and jax.sharding.get_abstract_mesh().size > 1
 
 
 def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence[Array], **settings: Hashable) -> Any:
-    """`function(*tokens, *weights, **settings)`, each device for its own tokens, with replicated weights.
+    """`function(*tokens, *weights, **settings)`, run by each device on its own tokens, with replicated weights.
 
-    The first axis of `tokens` and of the results is split, be it of tokens or of sequences, unless it is empty. As for
-    `over_mesh`, the function is one of a module.
+    The first axis of `tokens` and of the results, be it of tokens or of sequences, is sharded unless it is empty. As
+    for `over_mesh`, the function must be defined at the top level of a module.
     """
     if not has_memory_axis() or tokens[0].size == 0:
         return unsharded(partial(function, **settings), tokens[0])(*tokens, *weights)
@@ -57,7 +57,7 @@ def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence
 
 
 def tensor_pieces(parameter: nnx.Variable, axis: int) -> int:
-    """Equal pieces into which the axis of a parameter is split over `tensor`."""
+    """Number of equal shards of a parameter's axis over `tensor`."""
     if not has_several_devices() or _is_explicit():
         return 1
     sizes = _automatic_sizes()
@@ -66,14 +66,15 @@ def tensor_pieces(parameter: nnx.Variable, axis: int) -> int:
 
 
 def split_columns(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """The table with its columns split over the memory axis, where there is one."""
+    """The table with its columns sharded over the `memory` axis, if there is one."""
     return place(table, rules.COLUMNS) if has_memory_axis() else table
 
 
 def committed_as(tree: Tree, like: Any) -> Tree:
-    """A tree of new arrays, committed to the device that those of another tree are committed to, if it is a single one.
+    """A tree of new arrays, committed to the device of the arrays of another tree, if these are committed to just one.
 
-    Without that, a step that takes and returns both would be compiled twice: it returns all of them committed.
+    Otherwise a step that takes and returns both would be compiled twice, because all arrays that it returns are
+    committed.
     """
     arrays = [leaf for leaf in jax.tree.leaves(like) if not isinstance(leaf, Tracer)]
     places = {array.sharding for array in arrays if isinstance(array, jax.Array) and array.committed}
@@ -82,15 +83,15 @@ def committed_as(tree: Tree, like: Any) -> Tree:
 
 
 def split_tokens(array: Array) -> Array:
-    """An array with tokens or sequences in front, split over all devices, where there is a mesh."""
+    """An array whose first axis is tokens or sequences, sharded over all devices if there is a mesh."""
     return place(array, rules.TOKENS) if has_memory_axis() else array
 
 
 def gathered(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
-    """Weights (a module, or arrays) gathered over `data` and `memory` for the time of their use, where there is a mesh.
+    """Weights (a module, or arrays) gathered over `data` and `memory` while they are used, if there is a mesh.
 
-    What the rules split over `tensor` stays split. Matrices are cast to dtype before they are sent. Under an Explicit
-    mesh the layout of weights is their owner's affair. Gradients go through it backwards only (`jax.grad`, not
+    What the rules shard over `tensor` stays sharded. Matrices are cast to dtype before they are sent. Under an Explicit
+    mesh, the sharding of weights is left to their owner. Supports only reverse-mode differentiation (`jax.grad`, not
     `jax.jvp`).
     """
     if not has_several_devices() or _is_explicit():
@@ -110,10 +111,10 @@ def gathered(weights: Weights, dtype: DTypeLike | None = None) -> Weights:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gathered(spec: P, weight: Array) -> Array:
-    """The array in a layout; its gradient is left in any.
+    """The array with a sharding; that of its gradient is left open.
 
-    The transpose of a plain constraint would ask for the gathered gradient on every device, and where XLA does not see
-    that only a piece is kept it would be summed everywhere.
+    The transpose of a plain constraint would demand the gathered gradient on every device, and unless XLA sees that
+    only a shard is kept, it would be summed everywhere.
     """
     return jax.lax.with_sharding_constraint(weight, spec)
 
@@ -127,7 +128,7 @@ def replicate(array: Array) -> Array:
 
 
 def fold(x: Float[Array, "*b dim"]) -> Float[Array, "t dim"]:
-    """The batch axes as one of tokens. Under an Explicit mesh it is split like the first of them."""
+    """Folds the batch axes into one of tokens. Under an Explicit mesh, it is sharded like the first of them."""
     if _is_explicit() and x.ndim > 2:
         spec = jax.typeof(x).sharding.spec
         x = jax.sharding.reshard(x, P(spec[0], *[None] * (x.ndim - 2), spec[-1]))
@@ -135,7 +136,7 @@ def fold(x: Float[Array, "*b dim"]) -> Float[Array, "t dim"]:
 
 
 def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Array, "*b d"]:
-    """Tokens of `fold(x)` in the batch axes of x, under an Explicit mesh laid out like them."""
+    """Unfolds the tokens of `fold(x)` into the batch axes of x; under an Explicit mesh, they are sharded like x."""
     shape = (*x.shape[:-1], tokens.shape[-1])
     if not _is_explicit():
         return tokens.reshape(shape)
@@ -144,16 +145,17 @@ def unfold(tokens: Float[Array, "t d"], x: Float[Array, "*b dim"]) -> Float[Arra
 
 
 def over_mesh(function: Callable, in_specs: Any, out_specs: Any, **settings: Hashable) -> Callable[..., Any]:
-    """shard_map over the ambient mesh. Collectives' results are not checked for their types: kernels carry none.
+    """shard_map over the ambient mesh, without checking over which axes values vary, since kernels do not track that.
 
-    The function is one of a module, with settings as keyword arguments, and specs are tuples: calls that agree in them
-    share one compiled program, under `jax.jit` one trace. A closure would be compiled at every call, and kept.
+    The function must be defined at the top level of a module, settings are its keyword arguments, and specs are tuples:
+    calls that agree in these share one compiled program, or one trace under `jax.jit`. A closure would be compiled at
+    every call, and kept.
 
-    Under an Auto mesh `tensor` stays automatic. What is `alike_over_tensor` is not split over it inside: devices of a
-    tensor group do the same work on the same tokens, with no collective between them. (A manual axis would cost one for
-    each gradient: without types, shard_map cannot know that these are equal, and sums them up.) For a memory that means
-    that a group reads the rows of its tokens on each of its devices; in return the replicas of a table see all picks as
-    it is, and row updates need no collective over `tensor`.
+    Under an Auto mesh, `tensor` stays automatic. A function that is `alike_over_tensor` is not sharded over it inside:
+    the devices of a tensor group do the same work on the same tokens, without collectives. (A manual axis would cost
+    one per gradient: without types, shard_map cannot know that gradients are equal, and sums them.) For a memory, each
+    device of a tensor group therefore reads the rows of all its tokens; in return, the replicas of a table see all
+    picks anyway, and row updates need no collective over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     left = {rules.TENSOR} if mesh.shape.get(rules.TENSOR, 1) > 1 and not _is_explicit() else set()
@@ -161,7 +163,7 @@ def over_mesh(function: Callable, in_specs: Any, out_specs: Any, **settings: Has
     mapped = _mapped(function, mesh, manual, in_specs, out_specs, tuple(settings.items()))
 
     def lay_out(spec: P, argument):
-        # An Explicit mesh does not move arrays by itself.
+        # Under an Explicit mesh, arrays are not resharded automatically.
         put = place if _is_explicit() else checked
         return jax.tree.map(lambda array: put(array, spec), argument)
 
@@ -180,17 +182,17 @@ def _mapped(
     out_specs: Any,
     settings: tuple[tuple[str, Hashable], ...],
 ) -> Callable[..., Any]:
-    """shard_map over axes of the mesh, jitted: outside of jax.jit it does not know custom gradients."""
+    """shard_map over axes of the mesh, jitted, because outside jax.jit it does not support custom gradients."""
     run = partial(function, **dict(settings))
     specs = {"in_specs": in_specs, "out_specs": out_specs}
     return jax.jit(jax.shard_map(run, mesh=mesh, axis_names=set(axes), check_vma=False, **specs))
 
 
 def alike_over_tensor(function: Callable) -> Callable:
-    """The function, with arguments, results and their gradients replicated over `tensor`, where the mesh has it.
+    """The function, with arguments, results and their gradients replicated over `tensor`, if the mesh has it.
 
-    It is for what is left to XLA inside `over_mesh`, or on a mesh of `tensor` alone. XLA would carry the layout of a
-    neighbouring projection into it: split a table by columns, and gather all of it after every update.
+    It is for functions left to XLA inside `over_mesh`, or on a mesh of `tensor` alone. XLA would propagate the sharding
+    of a neighbouring projection into them: shard a table by columns, and gather all of it after every update.
     """
 
     @wraps(function)
@@ -207,12 +209,12 @@ def alike_over_tensor(function: Callable) -> Callable:
 
 
 def unsharded(function: Callable, like: Array) -> Callable:
-    """The function itself; under an Explicit mesh automatic inside, its results split in front like `like`."""
+    """The function itself; under an Explicit mesh, automatic inside, with results sharded on axis 0 like `like`."""
     return jax.sharding.auto_axes(function, out_sharding=_front(like)) if _is_explicit() else function
 
 
 def unsharded_update(function: Callable, state: Any) -> Callable:
-    """The function itself; under an Explicit mesh automatic inside, its results laid out like the state."""
+    """The function itself; under an Explicit mesh, automatic inside, with results sharded like the state."""
     if not _is_explicit():
         return function
     return jax.sharding.auto_axes(
@@ -221,7 +223,7 @@ def unsharded_update(function: Callable, state: Any) -> Callable:
 
 
 def _front(array: Array) -> P:
-    """How the first axis is split, by its type under an Explicit mesh."""
+    """The sharding of the first axis, from the array's type under an Explicit mesh."""
     return P(*jax.typeof(array).sharding.spec[:1]) if array.ndim > 1 else P()
 
 
@@ -231,7 +233,7 @@ def _is_explicit() -> bool:
 
 
 def place(array: Array, spec: P) -> Array:
-    """The array in the given layout: a demand under an Explicit mesh, a constraint under an Auto one."""
+    """The array with the given sharding: resharded under an Explicit mesh, constrained under an Auto one."""
     array = checked(array, spec)
     if _is_explicit():
         return jax.sharding.reshard(array, spec)
@@ -239,7 +241,7 @@ def place(array: Array, spec: P) -> Array:
 
 
 def checked(array: Array, spec: P) -> Array:
-    """The array, whose axes the mesh can split evenly.
+    """The array, if the mesh can shard its axes evenly.
 
     Raises:
         ValueError: it cannot; the message says what to do.

@@ -1,4 +1,4 @@
-"""The device mesh, and where every part of the state and the batch lives on it."""
+"""The device mesh, and how the state and the batch are sharded over it."""
 
 import math
 from typing import Any
@@ -40,7 +40,7 @@ def make_mesh(config: RunConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def _that_fits(mesh: MeshConfig, devices: int) -> str:
-    """The axes to change, with sizes that use all devices."""
+    """The axes to change, and sizes that use all devices."""
     memory = math.gcd(mesh.memory, devices)
     tensor = math.gcd(mesh.tensor, devices // memory)
     sizes = {"memory": memory, "tensor": tensor, "data": mesh.data and devices // (memory * tensor)}
@@ -59,9 +59,9 @@ def replicated(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 
 
 def of_parameters(mesh: Mesh | AbstractMesh, tree: Any, *, fully_sharded: bool) -> Any:
-    """Shardings of dense parameters, or of what has their tree: gradients, an optimizer's state.
+    """Shardings of dense parameters, or of trees like theirs, such as gradients or an optimizer's state.
 
-    See `rules.parameter_spec`; the variables of the tree name their axes.
+    See `rules.parameter_spec`; the variables in the tree name their axes.
     """
     sizes = dict(mesh.shape)
 
@@ -74,11 +74,11 @@ def of_parameters(mesh: Mesh | AbstractMesh, tree: Any, *, fully_sharded: bool) 
 
 
 def by_columns(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """Shardings of tables and their state: columns over the memory axis, scalars everywhere."""
+    """Shardings of tables and their state: columns over the `memory` axis; scalars are replicated."""
     return jax.tree.map(lambda array: NamedSharding(mesh, rules.COLUMNS if array.ndim == 2 else rules.REPLICATED), tree)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any], spec: PartitionSpec) -> dict[str, jax.Array]:
-    """A batch on the devices. Every process has all of it, and gives its own devices their part."""
+    """Puts a batch on the devices. Every process has all of it, and gives its own devices their shards."""
     sharding = NamedSharding(mesh, spec)
     return {name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__) for name, rows in batch.items()}

@@ -1,12 +1,12 @@
 """Several processes that train one model: how they find each other, and how they end together.
 
-Each process drives the devices of its machine, and JAX makes one mesh of them all. Every process runs the same program
-on the same batches; the first one alone prints and writes what is not a checkpoint.
+Each process drives the devices of its machine, and JAX makes one mesh of all of them. Every process runs the same
+program on the same batches; only the first one prints, and writes files other than checkpoints.
 
-The connection is `jax.distributed`'s; where the processes are is read here, because JAX's own detection (0.10 and 0.11)
-takes a shell within an allocation, as of salloc, for one process of a job step; cuts host lists at the first bracket,
-so that `n[1-2]-ib` is n1; knows Open MPI's mpirun up to version 4 only (0.11 sends version 5 to mpi4py, and fails
-without that package), and no other MPI; and its errors name environment variables instead of settings.
+`jax.distributed` connects the processes, but they are detected here, because JAX's own detection (0.10 and 0.11) takes
+a shell within an allocation, such as salloc's, for one process of a job step; cuts host lists at the first bracket, so
+that `n[1-2]-ib` becomes n1; supports mpirun only of Open MPI up to version 4 (0.11 passes version 5 on to mpi4py, and
+fails without that package); and its errors name environment variables instead of settings.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ from memjax.errors import ConfigError
 from memjax.io.console import say, warn
 
 LOST = 6
-"""Exit code of a process that has lost the others, or never found them."""
+"""Exit code of a process that lost the others, or never found them."""
 
 _AGREED_CODES = (0, 5, 75)
-"""Exit codes that all processes end with, at the same point of the run."""
+"""Exit codes with which all processes end, at the same point of the run."""
 
 _DAYS = 7
-"""That the others wait while the first process works alone."""
+"""How long the others wait while the first process works alone."""
 
 _LAUNCHERS = {
-    # Name: number of processes, number of this one, processes on this machine. Inner launchers come first: mpirun in
-    # an allocation starts its daemons by srun, whose variables their children inherit, and they number the daemons.
-    # srun itself may set PMI's variables, with the same numbers as its own.
+    # Name: number of processes, index of this one, processes on this machine. Inner launchers come first: mpirun in
+    # an allocation starts its daemons by srun, and their children inherit srun's variables, which count the daemons.
+    # srun itself may set PMI's variables, with the same values as its own.
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     "MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"),
-    # What srun sets of a job step only, since a shell inside an allocation sees the rest, too.
+    # Only what srun sets for a job step, since a shell inside an allocation sees the other variables too.
     "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", None),
 }
 
@@ -52,22 +52,22 @@ class Launch:
     """This process's place among the others."""
 
     launcher: str
-    """Who said so."""
+    """Where this was found."""
     count: int
     index: int
     coordinator: str
     """host:port of process 0."""
 
     def report(self, trouble: str) -> None:
-        """Says which process has it."""
+        """Prints a problem and the process that has it."""
         warn(f"process {self.index} of {self.count}: {trouble}")
 
 
 def find(config: ProcessesConfig, environ: Mapping[str, str]) -> Launch | None:
-    """The place of this process among others, from the settings, or else from what launched it; None alone.
+    """This process's place among the others, from the settings or else from its launcher; None if there are no others.
 
     Raises:
-        ConfigError: it is one of several, but where the others are, or its own number, is not known.
+        ConfigError: there are others, but where they are, or the index of this one, is unknown.
     """
     if config.count == 1:
         return None
@@ -108,7 +108,7 @@ def find(config: ProcessesConfig, environ: Mapping[str, str]) -> Launch | None:
 
 
 def _launcher(environ: Mapping[str, str], config: ProcessesConfig) -> tuple[str, int, int] | None:
-    """The innermost launcher that started several processes, their number and the number of this one."""
+    """The innermost launcher that started several processes, their number, and the index of this one."""
     found: dict[str, tuple[int, int]] = {}
     for name, (count_name, index_name, _) in _LAUNCHERS.items():
         count, index = _number(environ, count_name), _number(environ, index_name)
@@ -129,7 +129,7 @@ def _launcher(environ: Mapping[str, str], config: ProcessesConfig) -> tuple[str,
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
-    """A number that a launcher has set; None where it is not set or empty."""
+    """A number that a launcher has set; None if it is unset or empty."""
     text = environ.get(name, "").strip()
     if not text:
         return None
@@ -141,11 +141,11 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 
 
 def run_together(config: ProcessesConfig, run: Callable[[], int]) -> int:
-    """Runs with the other processes where there are any, and ends with them.
+    """Runs together with the other processes, if there are any, and ends with them.
 
     Returns:
-        The exit code of `run`. A process that fails alone, or has lost the others, does not return: it exits at once,
-        since an orderly end would wait for the others, and the others for it.
+        The exit code of `run`. A process that fails alone, or loses the others, does not return but exits at once:
+        an orderly end would wait for the others, and the others for it.
 
     Raises:
         ConfigError: the processes cannot be found.
@@ -179,13 +179,11 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def process_zero_first(name: str) -> Iterator[None]:
-    """Runs the block in the first process, then in all others, which find what it has written. Every block needs a name
-    of its own.
-    """
+    """Runs the block in the first process, then in the others, which find what it wrote. Names must be unique."""
     if jax.process_count() == 1:
         yield
         return
-    # Not a barrier of the devices: they give up after minutes, and preparing data may take hours.
+    # Not a barrier of the devices, which gives up after minutes: preparing data may take hours.
     wait = partial(ocp.multihost.get_barrier_sync_fn(), key=name, timeout_ms=_DAYS * 24 * 3600 * 1000)
     if not is_first():
         wait()
@@ -195,7 +193,10 @@ def process_zero_first(name: str) -> Iterator[None]:
 
 
 def _first_machine(environ: Mapping[str, str]) -> str | None:
-    """That of a SLURM job step, with a port that other jobs are unlikely to use: n[003-007,9]-ib is n003-ib."""
+    """The first machine of a SLURM job step, with a port that other jobs are unlikely to use.
+
+    n[003-007,9]-ib gives n003-ib.
+    """
     numbers = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
     first = re.match(rf"(?:[\w.-]|{numbers})+(?=,|$)", environ.get("SLURM_STEP_NODELIST", "").strip(), re.ASCII)
     if first is None:
@@ -214,11 +215,11 @@ def _start(config: ProcessesConfig, launch: Launch) -> None:
         )
         _exit(LOST)
 
-    # Programs that a CPU has under way at the same time would talk to the other processes in any order.
+    # Programs that run concurrently on a CPU would communicate with the other processes in arbitrary order.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # It would take SIGTERM away from the handlers that are there, and training agrees by itself on when to stop.
+    # The service would replace the handlers of SIGTERM, and training agrees on when to stop by itself.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX would end the process with a stack trace of its own.
+    # JAX would end the process with its own stack trace.
     timer = threading.Timer(config.start_timeout, too_late)
     timer.daemon = True
     timer.start()
@@ -232,7 +233,7 @@ def _start(config: ProcessesConfig, launch: Launch) -> None:
     )
     timer.cancel()
     if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
-        # Seen with jax 0.10: programs of several simulated devices wait for each other for ever.
+        # Seen with jax 0.10: programs on several simulated devices deadlock.
         raise ConfigError(
             f"{jax.local_device_count()} simulated CPU devices in each of {launch.count} processes cannot work "
             "together; set JAX_NUM_CPU_DEVICES=1 and start more processes"
@@ -249,7 +250,7 @@ def _output_of_the_first_only() -> Iterator[None]:
 
 
 def _explain(launch: Launch, error: Exception) -> int:
-    # A lost connection comes as a ValueError, too, if it is lost while a program is being started.
+    # A connection that is lost while a program is being started is reported as a ValueError.
     from_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
     if from_jax or "Gloo" in str(error) or "NCCL" in str(error):
         launch.report(

@@ -1,7 +1,7 @@
-"""Which mesh axes each logical axis of an array is split over: the only place that spells a `PartitionSpec`.
+"""The mesh axes over which each logical axis of an array is sharded: the only place that writes a `PartitionSpec`.
 
-A logical axis names what an axis of an array stands for. Parameters carry theirs as metadata (`named`); other arrays
-are laid out by name (`spec`).
+A logical axis names the meaning of an array's axis. Parameters carry the names as metadata (`named`); for other arrays,
+they are given to `spec`.
 """
 
 import math
@@ -14,40 +14,40 @@ from jax.sharding import PartitionSpec as P
 
 DATA, MEMORY, TENSOR = "data", "memory", "tensor"
 AXES = (DATA, MEMORY, TENSOR)
-"""Of the mesh."""
+"""Axes of the mesh."""
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    # Of activations.
+    # Activations.
     "batch": (DATA, MEMORY),
-    "group": DATA,  # the tokens of a memory group: of the devices that share a table
-    # Of dense parameters. Megatron's cuts (arXiv:1909.08053): a block sums activations over `tensor` once after
-    # attention and once after its feed-forward layer, and the loss over the vocabulary.
+    "group": DATA,  # tokens of a memory group, the devices that share a table
+    # Dense parameters, as in Megatron (arXiv:1909.08053): a block sums activations over `tensor` once after attention
+    # and once after its feed-forward layer, and the loss sums over the vocabulary.
     "embed": None,
     "heads": TENSOR,
     "kv_heads": TENSOR,
     "ffn": TENSOR,
     "vocab": TENSOR,
-    # Between the projections of a memory layer, and the number that gates its output.
+    # The axis between the projections of a memory layer, and that of the number that gates its output.
     "value": TENSOR,
     "gate": None,
-    # Routed tokens have no fixed order, and kernels of grouped products cannot be cut by XLA.
+    # Routed tokens have no fixed order, and XLA cannot shard the kernels of grouped products.
     "experts": None,
     "expert_ffn": None,
-    # Tables and their state. Devices that differ in `tensor` alone read and update the same columns.
+    # Tables and their state. Devices that differ only in `tensor` read and update the same columns.
     "table_rows": None,
     "table_columns": MEMORY,
 }
-"""Mesh axes by logical axis; None is replicated."""
+"""Mesh axes by logical axis; None means replicated."""
 
 
 def spec(*names: str | None) -> P:
-    """The layout of an array whose axes have these names; None stands for an axis that is not split."""
+    """The sharding of an array whose axes have these names; None is an axis that is not sharded."""
     return P(*(None if name is None else RULES[name] for name in names))
 
 
 REPLICATED = P()
 TOKENS = spec("batch")
-"""Arrays with tokens (or sequences) in front."""
+"""Arrays whose first axis is tokens (or sequences)."""
 MICRO_BATCHES = spec(None, "batch")
 """Batches of shape [micro-batches, sequences, tokens]."""
 COLUMNS = spec("table_rows", "table_columns")
@@ -55,9 +55,9 @@ COLUMNS = spec("table_rows", "table_columns")
 BAGS = spec("group", "table_columns")
 """Bags before the all-to-all: tokens over `data`, columns over `memory`."""
 REPLICA_COLUMNS = spec("group", "table_rows", "table_columns")
-"""Arrays with a table's shape behind a leading axis, one for each replica of the table."""
+"""Arrays with a leading axis before a table's shape, one element for each replica of the table."""
 REPLICA_SHARDS = spec("group", "table_columns")
-"""Arrays of which every device along `data` and `memory` has its own."""
+"""Arrays with a separate slice for every device along `data` and `memory`."""
 ONE_PER_DEVICE = P(AXES)
 """Arrays with one element for each device."""
 
@@ -68,25 +68,25 @@ def named(*axes: str | None) -> dict[str, Any]:
 
 
 def is_variable(node: Any) -> bool:
-    """Whether the node of a tree is a variable of NNX, whose metadata may name its axes."""
+    """Whether a node of a tree is an NNX variable, whose metadata may name its axes."""
     return isinstance(node, nnx.Variable)
 
 
 def names_of(node: Any) -> tuple[str | None, ...]:
-    """The logical axes of a parameter; none where it names none."""
+    """The logical axes of a parameter; empty if it names none."""
     return node.get_metadata().get("logical_axes", ()) if is_variable(node) else ()
 
 
 def parameter_spec(
     shape: Sequence[int], names: Sequence[str | None], sizes: Mapping[str, int], *, fully_sharded: bool = False
 ) -> P:
-    """The layout of a dense parameter, of its gradient, or of an optimizer's state of the same shape.
+    """The sharding of a dense parameter, of its gradient, or of an optimizer's state of the same shape.
 
-    Axes are split over `tensor` as the rules say, where the mesh has it and can split them evenly. With fully_sharded
-    every matrix is split further, over all of `data` and `memory`, or over one of them where that is all that can be:
-    along the first axis that allows it, since pieces of the first axis are contiguous in memory, so that sending them
-    takes no transposition. Vectors and scalars are not: they are small, and sending them costs more than keeping them.
-    If there are more or fewer names than axes, they are ignored.
+    Axes are sharded over `tensor` by the rules, if the mesh has it and can divide them evenly. With fully_sharded,
+    every matrix is sharded further, over both `data` and `memory`, or over just one of them if both are impossible:
+    along the first axis that allows it, since shards of the first axis are contiguous in memory and can be sent without
+    a transposition. Vectors and scalars are not: they are small, and sending them costs more than keeping them. Names
+    are ignored if there are not as many as axes.
     """
     tensor = sizes.get(TENSOR, 1)
     by_name = names if len(names) == len(shape) else [None] * len(shape)
@@ -110,5 +110,5 @@ def parameter_spec(
 
 
 def without_first_axis(sharding: Sharding) -> Sharding:
-    """The sharding of some of an array's rows: their number need not divide, so that they are not split."""
+    """The sharding of a part of an array's rows, which are not sharded, since their number need not be divisible."""
     return sharding.update(spec=P(None, *sharding.spec[1:])) if isinstance(sharding, NamedSharding) else sharding
