@@ -9,11 +9,9 @@ import fcntl
 import multiprocessing
 import multiprocessing.util
 import os
-import signal
-import threading
+import pickle
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -22,12 +20,12 @@ import grain
 from grain.experimental import ThreadPrefetchIterDataset
 
 from memjax.errors import DataError
+from memjax.io.children import SIGNALS, blocked, end_with_parent, ended, handed, kill, start_tracker
 
 _AHEAD = 4
 """Batches that a worker prefetches beyond the one it is sending."""
 _PIPE_BYTES = 1 << 20
 """The most that Linux allows an unprivileged user: fewer context switches per batch."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 State = dict[str, Any]
 
@@ -52,7 +50,7 @@ class Workers(Iterator[Any]):
         self._running: list[tuple[BaseProcess, Connection]] = []
         self._closed = False
         # At exit, multiprocessing would terminate remaining processes and wait for them.
-        self._finalize = multiprocessing.util.Finalize(self, _kill, args=(self._running,), exitpriority=10)
+        self._finalize = multiprocessing.util.Finalize(self, kill, args=(self._running,), exitpriority=10)
 
     def __next__(self) -> Any:
         if self._closed:
@@ -63,19 +61,10 @@ class Workers(Iterator[Any]):
         try:
             batch, state, error = pipe.recv()
         except (EOFError, OSError) as lost:
-            process.join(1)
-            code = process.exitcode
+            why = ended(process)
             self.close()
-            if code == -signal.SIGKILL:
-                why = "likely a lack of memory: set data.num_workers lower"
-            elif code is not None and code < 0:
-                why = "a crash of a library that it uses; data.num_workers=0 shows which"
-            else:
-                why = (
-                    "it has printed why; a script must train below `if __name__ == '__main__':`, because its workers "
-                    "import it, or with data.num_workers=0"
-                )
-            raise DataError(f"data worker {self._next} ended with exit code {code}; {why}") from lost
+            advice = "data.num_workers lower, or 0, which shows where it crashes"
+            raise DataError(f"data worker {self._next} {why}; set {advice}") from lost
         if error is not None:
             self.close()
             raise error
@@ -91,7 +80,7 @@ class Workers(Iterator[Any]):
         """Continues from a position that `get_state` returned, or from one of Grain's own worker processes."""
         if "iterators_in_use_states" in state:
             state = {"next": state["next_index_in_cycle"], "workers": state["iterators_in_use_states"]}
-        _kill(self._running)
+        kill(self._running)
         self._next, self._states = state["next"], list(state["workers"])
 
     def close(self) -> None:
@@ -102,35 +91,26 @@ class Workers(Iterator[Any]):
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         start_tracker()
+        shards = pickle.dumps(self._shards)
         for index, state in enumerate(self._states):
             ours, theirs = context.Pipe(duplex=False)
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.fcntl(theirs.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            args = (theirs, self._shards, index, len(self._states), state)
+            given = handed(shards)
+            args = (theirs, given, index, len(self._states), state)
             process = context.Process(target=_work, args=args, daemon=True, name=f"data-worker-{index}")
             # A signal to the process group asks the program to save and exit; its workers must survive it.
-            with blocked(_SIGNALS):
+            with blocked(SIGNALS):
                 process.start()
             theirs.close()
+            given.close()
             self._running.append((process, ours))
 
 
-def end_with_parent() -> None:
-    """Ends this process as soon as its parent is gone, even if the parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(pipe: Connection, shards: Shards, index: int, count: int, state: State) -> None:
+def _work(pipe: Connection, shards: Connection, index: int, count: int, state: State) -> None:
     end_with_parent()
     try:
-        batches = iter(ThreadPrefetchIterDataset(shards(index, count), prefetch_buffer_size=_AHEAD))
+        batches = iter(ThreadPrefetchIterDataset(shards.recv()(index, count), prefetch_buffer_size=_AHEAD))
         batches.set_state(state)
         while True:
             batch = next(batches)
@@ -142,46 +122,3 @@ def _work(pipe: Connection, shards: Shards, index: int, count: int, state: State
             error.add_note(f"in data worker {index}:\n{traceback.format_exc()}")
         pipe.send(_Message(None, None, error))
     os._exit(0)  # the prefetching thread may be in the middle of a batch
-
-
-def _kill(running: list[tuple[BaseProcess, Connection]]) -> None:
-    for process, _ in running:
-        process.kill()
-    while running:
-        process, pipe = running.pop()
-        process.join()
-        process.close()
-        pipe.close()
-
-
-def start_tracker() -> None:
-    """Starts Python's resource tracker, before processes that inherit blocked signals: its start unblocks some.
-
-    It ignores Ctrl-C and SIGTERM, but a closing terminal would end it, and its successor prints tracebacks.
-    """
-    with blocked(_SIGNALS):
-        resource_tracker.ensure_running()
-
-
-@contextlib.contextmanager
-def blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
-    """Blocks signals in this thread, and permanently in processes that it starts meanwhile.
-
-    The system delivers a signal blocked here to another thread, after which Python runs its handler in the main
-    thread; if this is the main thread, handlers run when the block ends.
-    """
-    came: list[int] = []
-    handlers: dict[signal.Signals, Any] = {}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        if threading.current_thread() is threading.main_thread():
-            handlers = {number: handler for number in signals if callable(handler := signal.getsignal(number))}
-            for number in handlers:
-                signal.signal(number, lambda number, _: came.append(number))
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for number in came:
-            signal.raise_signal(number)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -14,7 +13,7 @@ from memjax.config.data import DataConfig, TokenizerConfig
 from memjax.data.dataset import open_dataset
 from memjax.data.loader import TrainingData
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.data.workers import Workers, blocked
+from memjax.data.workers import Workers
 from memjax.errors import DataError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -121,25 +120,6 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path):
     assert "below `if __name__ == '__main__':`" in last
 
 
-def test_a_blocked_signal_waits_whatever_thread_the_system_gives_it_to():
-    ended, done = threading.Event(), []
-    thread = threading.Thread(target=ended.wait)
-    thread.start()
-
-    def interrupted():
-        with blocked([signal.SIGINT]):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-            done.append("inside")
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert done == ["inside"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ended.set()
-    thread.join()
-
-
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_workers_outlive_signals_to_their_group_but_not_their_parent(tmp_path, name):
     path = config(tmp_path, large=True).path
@@ -159,24 +139,3 @@ def test_workers_outlive_signals_to_their_group_but_not_their_parent(tmp_path, n
             print(file=program.stdin, flush=True)
             assert program.stdout.readline() == "three more\n"
     wait_until(lambda: all(map(is_gone, workers)))
-
-
-TRACKED = """
-import os, signal, time
-from multiprocessing import resource_tracker
-from memjax.data.workers import start_tracker
-
-start_tracker()
-tracker = resource_tracker._resource_tracker._pid
-for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-    os.kill(tracker, number)
-    time.sleep(0.2)
-    assert os.waitpid(tracker, os.WNOHANG) == (0, 0), number
-"""
-
-
-def test_signals_to_all_processes_do_not_end_the_one_that_tracks_locks():
-    done = subprocess.run(
-        [sys.executable, "-c", TRACKED], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")

@@ -3,17 +3,14 @@
 import collections
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 from memjax.data.prepared import store
 from memjax.data.sources.corpus import Corpus, CorpusStream
@@ -22,9 +19,9 @@ from memjax.data.sources.parsing import Keys, MalformedError
 from memjax.data.sources.records import Record
 from memjax.data.sources.stream import UnreadableError
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.data.workers import blocked, end_with_parent, start_tracker
 from memjax.errors import DataError
-from memjax.io.console import say, warn
+from memjax.io.children import LostError, calls_in_processes
+from memjax.io.console import say
 from memjax.io.lock import locked
 from memjax.monitoring.progress import Progress
 
@@ -51,6 +48,10 @@ class BlockTokenizer:
     def __init__(self, files: Sequence[DataFile], keys: Keys, tokenizer: Tokenizer):
         self.files, self.keys, self.tokenizer = tuple(files), keys, tokenizer
         self._dtype = store.id_dtype(tokenizer.vocab_size)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in a process of many, one for each core
+        self.__dict__.update(state)
 
     def __call__(self, block: _Block) -> _Tokenised:
         """The records of a block in order, and the malformed payloads."""
@@ -214,42 +215,20 @@ def _prepare(
 
 def _tokenised(work: BlockTokenizer, stream: CorpusStream, processes: int) -> Iterator[_Tokenised]:
     """The tokenised blocks of a stream, in order."""
-    pool = None
+    if processes <= 1:
+        yield from map(work, _blocks(stream))
+        return
     pending: collections.deque[Future[_Tokenised]] = collections.deque()
     try:
-        with blocked([signal.SIGINT]):
-            pool = _pool(processes, work) if processes > 1 else None
-        if pool is None:
-            yield from map(work, _blocks(stream))
-            return
-        for block in _blocks(stream):
-            # Submitting starts processes, which inherit the blocked signal: Ctrl-C reaches all processes of a terminal,
-            # but only the parent should report it.
-            with blocked([signal.SIGINT]):
-                pending.append(pool.submit(_work, block))
-            while len(pending) > _BLOCKS_AHEAD * processes or (pending and pending[0].done()):
+        with calls_in_processes(work, processes) as submit:
+            for block in _blocks(stream):
+                pending.append(submit(block))
+                while len(pending) > _BLOCKS_AHEAD * processes or (pending and pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process that tokenises was killed, likely for lack of memory; give the preparation fewer processes"
-        ) from error
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-
-
-def _pool(processes: int, work: BlockTokenizer) -> ProcessPoolExecutor | None:
-    """A pool of tokenising processes, or None if the system does not let them share locks."""
-    # Forked processes could inherit locks held by JAX's threads; spawned ones inherit nothing.
-    context = multiprocessing.get_context("spawn")
-    try:
-        start_tracker()
-        return ProcessPoolExecutor(processes, context, initializer=_start_process, initargs=(work,))
-    except OSError as error:
-        warn(f"only one process tokenises, because several need a writable /dev/shm: {error.strerror}")
-        return None
+    except LostError as error:
+        raise DataError(f"a process that tokenises {error}; give the preparation fewer processes") from error
 
 
 def _blocks(stream: CorpusStream) -> Iterator[_Block]:
@@ -265,16 +244,3 @@ def _blocks(stream: CorpusStream) -> Iterator[_Block]:
             block, size = [], 0
     if block:
         yield block
-
-
-_this_process: list[BlockTokenizer] = []
-
-
-def _start_process(work: BlockTokenizer) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _this_process.append(work)
-    end_with_parent()
-
-
-def _work(block: _Block) -> _Tokenised:
-    return _this_process[0](block)

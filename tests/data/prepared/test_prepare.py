@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -232,18 +233,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, lines):
     assert (tmp_path / "p" / "thesis.txt").exists()
 
 
-def test_without_shared_memory_one_process_writes_the_same_bytes(tmp_path, lines, monkeypatch, capsys):
-    def read_only(*_, **__):
-        raise OSError(30, "Read-only file system")
-
-    prepare(corpus(lines), BYTES, tmp_path / "several", processes=2)
-    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", read_only)
-    prepare(corpus(lines), BYTES, tmp_path / "one", processes=2)
-    assert "because several need a writable /dev/shm: Read-only file system" in capsys.readouterr().err
-    shard = "00000.array_record"
-    assert (tmp_path / "one" / shard).read_bytes() == (tmp_path / "several" / shard).read_bytes()
-
-
 def test_a_disk_that_takes_nothing_is_an_error_that_says_so(tmp_path, lines, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -334,7 +323,8 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_in_a_terminal_is_told_once(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_processes_is_told_once(tmp_path, number):
     path, program = tmp_path / "a.txt", tmp_path / "program.py"
     path.write_text("\n".join(f"{i:06d}" for i in range(200_000)))
     program.write_text(INTERRUPTED)
@@ -351,10 +341,77 @@ def test_ctrl_c_in_a_terminal_is_told_once(tmp_path):
         assert process.stdout is not None
         assert process.stdout.readline().startswith("preparing")
         time.sleep(0.3)  # the processes that tokenise are importing
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         assert process.communicate(timeout=60)[0] == "\ninterrupted\n"
     assert process.returncode == 130
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "program.py"]
+
+
+STARTED = """
+import multiprocessing, os, pathlib, sys, threading, time
+from memjax.data.prepared.prepare import prepare
+from memjax.data.sources.corpus import Corpus
+from memjax.data.tokenizers.base import ByteTokenizer
+
+here = pathlib.Path(sys.argv[1])
+
+def wait_until(done):
+    limit = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+def bytes_of(_):
+    return ByteTokenizer()
+
+class Large(ByteTokenizer):
+    def __reduce__(self):
+        return bytes_of, (os.urandom(1 << 20),)  # more than a pipe holds
+
+if __name__ == "__main__":
+    def let_them_go_on():
+        wait_until(lambda: len(multiprocessing.active_children()) == 3)
+        (here / "all are started").touch()
+
+    threading.Thread(target=let_them_go_on).start()
+    corpus = Corpus(name="training", path=str(here / "a.txt"), source="files", field="data.path")
+    prepare(corpus, Large(), here / "p", processes=3)
+else:
+    assert not {"jax", "grain"} & sys.modules.keys(), "each process imports them"
+    wait_until((here / "all are started").exists)
+"""
+
+
+def test_processes_start_at_the_same_time_and_without_jax(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"{i:06d}" for i in range(2_000)))
+    (tmp_path / "program.py").write_text(STARTED)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **HERE},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(PreparedReader(tmp_path / "p", BYTES)) == 2_000
+
+
+def test_a_killed_process_is_an_error_that_says_so(tmp_path, lines):
+    before = {*tmp_path.iterdir()}
+
+    def kill_first():
+        while not (found := multiprocessing.active_children()):
+            time.sleep(0.01)
+        for process in found:
+            process.kill()
+
+    thread = threading.Thread(target=kill_first)
+    thread.start()
+    with pytest.raises(DataError, match="a process that tokenises ended with exit code -9; likely a lack of memory"):
+        prepare(corpus(lines), BYTES, tmp_path / "p", processes=3)
+    thread.join()
+    assert {*tmp_path.iterdir()} - before <= {tmp_path / "p.lock"}
 
 
 HERE = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
