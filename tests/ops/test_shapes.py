@@ -147,7 +147,11 @@ def test_no_token_gives_nothing_and_gradients_of_zero(implementation, batch):
         ({"beta1": float("nan")}, "beta1=nan must be"),
         ({"eps": 0.0}, "eps=0.0 must be positive"),
         ({"state_columns": 2.5}, "state_columns=2.5 must be a whole number"),
-        ({"moment_dtype": jnp.int32}, "must be a type of floating-point numbers"),
+        ({"moment_dtype": jnp.int32}, "moment_dtype=.*int32.* must be one of float32, bfloat16, float64"),
+        ({"moment_dtype": "float16"}, "moment_dtype='float16' must be one of float32, bfloat16, float64"),
+        ({"moment_dtype": jnp.float8_e5m2}, "moment_dtype=.*float8_e5m2.* must be one of"),
+        ({"moment_dtype": "half of it"}, "moment_dtype='half of it' must be one of"),
+        ({"moment_dtype": None}, "moment_dtype=None must be one of"),
     ],
 )
 def test_rules_of_the_config_hold_for_row_rules(as_users_call, wrong, message):

@@ -14,6 +14,9 @@ from memjax.ops.precision import accumulator
 
 Kind = Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"]
 
+_MOMENT_DTYPES = ("float32", "bfloat16", "float64")
+"""With fewer bits of exponent, squares of gradients vanish."""
+
 TableState = dict[str, jax.Array]
 """Optimizer state of a table: arrays with a row for every row of the table."""
 
@@ -71,8 +74,12 @@ class RowRule(Section):
     """Round bfloat16 rows at random, so that steps below half a unit in the last place are not lost."""
 
     def problems(self) -> Iterator[str]:
-        if not jnp.issubdtype(self.moment_dtype, jnp.floating):
-            yield f"moment_dtype={self.moment_dtype} must be a type of floating-point numbers"
+        try:
+            is_known = self.moment_dtype is not None and jnp.dtype(self.moment_dtype).name in _MOMENT_DTYPES
+        except TypeError:
+            is_known = False
+        if not is_known:
+            yield f"moment_dtype={self.moment_dtype!r} must be one of {', '.join(_MOMENT_DTYPES)}"
 
     def init(self, num_rows: int, num_columns: int, dtype: DTypeLike = jnp.float32) -> TableState:
         """The state before the first update, of a table of the given shape and type.
