@@ -1,4 +1,4 @@
-"""Clip the gradients of tables, jointly with the dense gradient or separately."""
+"""Clips the gradients of tables, jointly with the dense gradient or separately."""
 
 from typing import Any, NamedTuple
 
@@ -12,28 +12,28 @@ from memjax.training.program import TrainProgram
 
 
 class Clipped(NamedTuple):
-    """Gradients after clipping, and what measuring them has passed on."""
+    """Gradients after clipping, and the tables that measuring them passed through."""
 
     dense: nnx.State
-    """Gradient of the dense parameters; not clipped yet where the optimizer clips it by itself."""
+    """Gradient of the dense parameters; not clipped yet if the optimizer clips it."""
     of_tables: dict[str, Any]
     """Gradients of the tables."""
     tables: Tables
-    """The unchanged tables, which replace those of the state."""
+    """The unchanged tables, to be used in place of those of the state."""
     table_norm: Array | None
-    """Norm of the gradients of all tables before clipping; None where they are not clipped."""
+    """Norm of the gradients of all tables before clipping; None if they are not clipped."""
 
 
 def clipped(program: TrainProgram, tables: Tables, dense: nnx.State, of_tables: dict[str, Any], norm: Array) -> Clipped:
-    """The gradients, of which the dense one has the given norm, clipped by `optim.clip_tables`.
+    """The gradients, clipped as `optim.clip_tables` says; `norm` is that of the dense gradient.
 
-    The tables are returned because the update that measures passes them through in place: the state is donated, so
-    another use of the tables it held would make XLA copy them.
+    The tables are returned because they are passed through the measurement in place: the state is donated, so any other
+    use of its tables would make XLA copy them.
     """
     config, optimizer = program.config.optim, program.table_optimizer
     if config.clip_tables is None or config.max_grad_norm is None:
         return Clipped(dense, of_tables, tables, None)
-    # By depending on the dense gradient the measurement waits for the backward pass, which still reads the tables.
+    # Makes the measurement wait for the backward pass, which still reads the tables.
     ok = jnp.isfinite(norm)
     found = {name: optimizer.squared_norm(table, of_tables[name], ok=ok) for name, table in tables.items()}
     square = sum((square for _, square in found.values()), start=jnp.zeros((), norm.dtype))

@@ -3,7 +3,7 @@
 import os
 
 _GPU_OPTIONS = {
-    # cuBLAS alone was faster for the products of these sizes: 2 % of a dense step on an H200.
+    # cuBLAS alone is faster for products of these sizes: 2 % of a dense step on an H200.
     "xla_gpu_enable_triton_gemm": False,
 }
 _SEVERAL_GPUS_OPTIONS = {
@@ -13,7 +13,7 @@ _SEVERAL_GPUS_OPTIONS = {
 
 
 def compiler_options(platform: str, devices: int) -> dict[str, bool] | None:
-    """XLA's options for a step on that many devices of a platform; what the user has set in XLA_FLAGS stays."""
+    """XLA's options for a step on that many devices of a platform; those that the user sets in XLA_FLAGS are kept."""
     if platform != "gpu":
         return None
     wanted = _GPU_OPTIONS | (_SEVERAL_GPUS_OPTIONS if devices > 1 else {})

@@ -1,4 +1,4 @@
-"""Save a run that ends before its last step, and report it in the error."""
+"""Saves a run that ends before its last step, and says so in the error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Preempted(Exception):
-    """A signal, to this process or another, ended the run after a checkpoint."""
+    """A signal to this process or another ended the run, after a checkpoint was saved."""
 
 
 @contextlib.contextmanager
 def saved_at_the_end(trainer: "Trainer") -> Iterator[None]:
-    """Saves the steps that are done, whatever ends the block.
+    """Saves the finished steps, whatever ends the block.
 
     Raises:
         NotFinite, Preempted, DataError: see `Trainer.run`; their messages say what was saved.
@@ -31,7 +31,7 @@ def saved_at_the_end(trainer: "Trainer") -> Iterator[None]:
         if trainer.must_stop:
             _preempt(trainer)
     except NotFinite as error:
-        if int(trainer.state.step) == trainer.first_step:  # no step was made: other settings may begin here
+        if int(trainer.state.step) == trainer.first_step:  # no step was made: a run with other settings may start here
             raise
         trainer.save(despite_hooks=True)
         raise NotFinite(f"{error} The state before it is saved as step {int(trainer.state.step)}.") from None
@@ -39,7 +39,7 @@ def saved_at_the_end(trainer: "Trainer") -> Iterator[None]:
         raise
     except Exception as error:
         if trainer.must_stop and isinstance(error, DataError):
-            _preempt(trainer)  # signals to a group of processes end those that read the data, too
+            _preempt(trainer)  # a signal to the process group also ends the processes that read the data
         saved = _save_after_an_error(trainer)
         if isinstance(error, DataError):
             raise DataError(f"{error}\n{saved}") from error
@@ -48,7 +48,7 @@ def saved_at_the_end(trainer: "Trainer") -> Iterator[None]:
 
 
 def _preempt(trainer: "Trainer") -> NoReturn:
-    """Saves and raises."""
+    """Saves, then raises Preempted."""
     if trainer.last_step == 0:
         trainer.interrupt.end()
     trainer.finish_steps()
@@ -62,13 +62,13 @@ def _preempt(trainer: "Trainer") -> NoReturn:
 def _save_after_an_error(trainer: "Trainer") -> str:
     """Saves the finished steps and returns a message; raises nothing that would hide the error."""
     if jax.process_count() > 1:
-        # An error may be that of one process alone, and the others would not come to the save.
+        # The error may have happened in this process alone, and the others would not take part in the save.
         return "The same command resumes from the latest checkpoint."
     while under_way := trainer.num_in_flight:
         try:
             trainer.finish_steps()
         except Exception as error:
-            if trainer.num_in_flight == under_way:  # the run's settings could not be written, which every step needs
+            if trainer.num_in_flight == under_way:  # the run's settings, which every step needs, could not be written
                 reason = getattr(error, "strerror", None) or error
                 return f"The steps since the last checkpoint could not be saved: {reason}"
             warn(str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}")

@@ -31,16 +31,16 @@ VALIDATION_LOSS = "eval/validation/loss"
 
 
 class _Stopped(Exception):
-    """A signal came during the evaluation."""
+    """A signal arrived during the evaluation."""
 
 
 def _is_stopped(trainer: "Trainer") -> bool:
-    """Whether to stop for a signal. Several processes must evaluate the same batches, so they do not."""
+    """Whether to stop for a signal. Several processes do not, because all must evaluate the same batches."""
     return jax.process_count() == 1 and trainer.interrupt.name is not None
 
 
 def _place(trainer: "Trainer") -> Callable[[Batch], dict[str, jax.Array]]:
-    """Puts batches on the devices, until a signal comes."""
+    """Puts batches on the devices, until a signal arrives."""
 
     def place(batch: Batch) -> dict[str, jax.Array]:
         if _is_stopped(trainer):
@@ -51,9 +51,9 @@ def _place(trainer: "Trainer") -> Callable[[Batch], dict[str, jax.Array]]:
 
 
 class Validate(Hook):
-    """Measures the validation loss for the step's row, and has the best state so far saved.
+    """Adds the validation loss to the step's row, and requests a save of the best state so far.
 
-    A validation that a signal cuts short is made up for when the run resumes.
+    A validation interrupted by a signal is repeated when the run resumes.
     """
 
     def __init__(self, config: RunConfig):
@@ -71,7 +71,7 @@ class Validate(Hook):
         self._is_overdue = saved.get("validation_is_due", False)
 
     def begin(self, trainer: "Trainer") -> None:
-        """Measures what is overdue, for the row of the step before."""
+        """Makes an overdue validation, for the row of the previous step."""
         if not self._is_overdue or (loss := self._loss(trainer)) is None:
             return
         self._is_overdue = False
@@ -98,7 +98,7 @@ class Validate(Hook):
             step.requested.add("save")
 
     def _loss(self, trainer: "Trainer") -> float | None:
-        """The loss of the trainer's state; None if a signal came before it was known."""
+        """The loss of the trainer's state; None if a signal arrived before it was known."""
         batches = trainer.dataset.validation_batches(self._batches)
         with contextlib.suppress(_Stopped):
             return validation_loss(trainer.model(), batches, place=_place(trainer))
@@ -106,7 +106,7 @@ class Validate(Hook):
 
 
 class Facts(Hook):
-    """Asks a model of biographies for facts, for the step's row: how it learns them while it trains."""
+    """Asks a model of biographies for facts, for the step's row: a measure of how it learns them."""
 
     def __init__(self, config: RunConfig):
         people, limit = config.data.biographies, config.eval.recall_people
@@ -116,7 +116,7 @@ class Facts(Hook):
         }
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Asks, unless a signal comes; the end of a run has its own test."""
+        """Asks, unless a signal arrives. The end of a run has its own test."""
         if step.is_last:
             return
         accuracies = {}
@@ -131,13 +131,13 @@ class Facts(Hook):
 
 
 class Questions(Hook):
-    """Asks sets of questions and does tasks of lm-eval, for the step's row."""
+    """Evaluates question sets and lm-eval tasks, for the step's row."""
 
     def __init__(self, config: RunConfig):
-        """Reads the questions, and loads the tasks once: what is wrong with them shows before the first step.
+        """Reads the questions and loads the tasks once, so that problems show before the first step.
 
         Raises:
-            ConfigError: lm-eval is missing, a task is not known, or there are several processes.
+            ConfigError: lm-eval is missing, a task is unknown, or there are several processes.
             DataError: a set cannot be read, or a task cannot be loaded.
         """
         asked = self._asked = config.eval

@@ -1,4 +1,4 @@
-"""Finish a run: recall test, plots, summary."""
+"""Finishes a run: recall test, plots, summary."""
 
 import shlex
 import time
@@ -25,9 +25,9 @@ from memjax.training.state import TrainState
 def finish(
     program: TrainProgram, state: TrainState, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """The recall test of runs on biographies, plots, and the summary, which marks the run as finished.
+    """Makes the recall test of runs on biographies, the plots, and the summary, which marks the run as finished.
 
-    All processes ask the model; the first one writes.
+    All processes evaluate the model; the first one writes.
     """
     config = program.config
     report = _ask_for_facts(program, state, mesh, tokenizer) if find_source(config.data).people else None
@@ -41,7 +41,7 @@ def finish(
 
 
 def _ask_for_facts(program: TrainProgram, state: TrainState, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Uses the tables up."""
+    """Consumes the tables, which are donated."""
     config, started = program.config, time.monotonic()
     model = program.parts.merge(state.params, state.tables)
     report = fact_report(

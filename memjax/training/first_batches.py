@@ -1,29 +1,27 @@
-"""Check the first batches of a run for target tokens."""
+"""Checks the first batches of a run for target tokens."""
 
 from memjax.config.data import DataConfig
 from memjax.data.packing import Batch
 from memjax.errors import ConfigError
 
 PATIENCE = 8
-"""Batches without a target token that a run may begin with."""
+"""Number of batches without a target token after which the data is refused."""
 
 
 class FirstBatches:
-    """Refuses data without target tokens: cut to sequences that end before the answers begin, for example."""
+    """Refuses data without target tokens, for example because sequences are cut off before the answers begin."""
 
     def __init__(self, data: DataConfig, *, first_step: int = 0):
-        """A run that resumes is not checked: the batches that are left may all be without, as those of one that was not
-        interrupted may.
-        """
+        """Checks nothing in a run that resumes, whose remaining batches may well have no target tokens."""
         self._data = data
         self._unlearned: int | None = None if first_step else 0
-        """Batches without a target token; None once there was one with."""
+        """Batches without a target token so far; None once there was one."""
 
     def check(self, batch: Batch, *, last: bool) -> None:
-        """Takes the next batch; `last` when no other will follow.
+        """Checks the next batch; `last` if no other follows.
 
         Raises:
-            ConfigError: no batch so far has a target token, and there were enough of them.
+            ConfigError: no batch so far has a target token, and PATIENCE or all of them were seen.
         """
         if self._unlearned is None:
             return

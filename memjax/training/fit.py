@@ -1,4 +1,4 @@
-"""`fit`: train from Python, as `python -m memjax.train` does from the shell."""
+"""`fit`: trains from Python, as `python -m memjax.train` does from the shell."""
 
 import os
 import pathlib
@@ -28,20 +28,20 @@ def fit(
     allow_changed: bool = False,
     hooks: Sequence[Periodic] = (),
 ) -> LoadedModel:
-    """Trains a run to its last step, or continues it, and returns its model.
+    """Trains a run to its last step, or resumes it, and returns its model.
 
-    A signal, as Ctrl-C, saves after the step under way; before there is anything to save it raises KeyboardInterrupt.
+    A signal such as Ctrl-C saves after the current step; before there is anything to save, it raises KeyboardInterrupt.
 
     Args:
-        config: the settings, or what they are read from: a YAML file, a preset's name, or the folder of a run. None is
-            the quick start.
-        settings: values by dotted name that replace these, such as {"train.steps": 100, "model.memory": None}.
-        allow_changed: whether to resume a run although its settings have changed.
-        hooks: what the run does besides what its settings ask for.
+        config: the settings, or their source: a YAML file, the name of a preset, or the folder of a run. None takes the
+            quick start.
+        settings: values that replace these, by dotted name, such as {"train.steps": 100, "model.memory": None}.
+        allow_changed: whether to resume a run even if its settings have changed.
+        hooks: hooks in addition to those that the settings ask for.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what their names say; see `python -m memjax.train`.
-        RuntimeError: the run ended before its last step; the message says why, and what is saved stays.
+        ConfigError, DataError, CheckpointError: as their names say; see `python -m memjax.train`.
+        RuntimeError: the run ended before its last step; the message says why. Saved checkpoints are kept.
     """
     words = [f"--{name}={value if isinstance(value, str) else show(value)}" for name, value in (settings or {}).items()]
     if isinstance(config, RunConfig):
@@ -60,7 +60,7 @@ def fit(
 
 
 def _check(config: RunConfig) -> None:
-    """Refuses settings that only a separate program can follow, because they take effect before JAX starts."""
+    """Refuses settings that need a separate program, because they take effect before JAX starts."""
     problems = []
     if config.run.deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
         problems.append(f"run.deterministic=True must be known before JAX starts: set XLA_FLAGS={_DETERMINISTIC} first")

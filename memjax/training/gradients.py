@@ -1,4 +1,4 @@
-"""Gradients of one step over all micro-batches: dense parameters, and row gradients of the tables."""
+"""The gradients of one step over all micro-batches: of the dense parameters, and row gradients of the tables."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -30,11 +30,11 @@ class LossSums(NamedTuple):
     """Scalars summed over micro-batches, returned next to the gradients."""
 
     loss: Array
-    """Cross-entropy of all target tokens."""
+    """Cross-entropy of the target tokens, divided by their number in the whole batch."""
     by_part: list[Array]
-    """Summed losses of a mixture's parts."""
+    """Summed loss of each part of a mixture."""
     routers: dict[str, RouterStatistics]
-    """Statistics of the tokens without padding, by layer."""
+    """Statistics over the tokens that are not padding, by layer."""
 
 
 class Summed(NamedTuple):
@@ -46,27 +46,27 @@ class Summed(NamedTuple):
     tables: Tables
     """Gradients of the tables in the dense modes."""
     not_finite: Array
-    """Micro-batches with a factor of a row gradient that is not finite."""
+    """Number of micro-batches in which a factor of a row gradient is not finite."""
 
 
 class StepGradients(NamedTuple):
-    """Gradients and reads of one micro-batch, or of all."""
+    """Gradients and reads of one micro-batch or of all."""
 
     summed: Summed
     rows: dict[str, Any]
-    """By table: the row gradients of its reads, or their `RowSum`."""
+    """Row gradients of a table's reads, or their `RowSum`, by table."""
     reads: dict[str, Array]
-    """By layer: the slots that were read, in the end the read counters with all of them."""
+    """Slots read by one micro-batch, or for all of them the updated read counters, by layer."""
 
 
 def accumulate_gradients(
     program: TrainProgram, state: TrainState, batch: Batch, num_targets: Array, num_tokens: Array
 ) -> tuple[StepGradients, Callable[[Array], dict[str, Array]]]:
-    """The gradients of all micro-batches; and the read counters after the step, when it is known whether it is ok.
+    """The gradients of all micro-batches, and a function from whether the step is ok to the read counters after it.
 
-    The loss is a sum over tokens, divided by the number of target tokens of the whole batch: however the batch is cut
-    into micro-batches, every token counts the same. Row gradients are kept until the update, or, where that would hold
-    more than a dense gradient of their table, summed as they come.
+    The loss is a sum over tokens divided by the number of target tokens in the whole batch, so every token counts the
+    same however the batch is split into micro-batches. Row gradients are kept until the update or, if that would hold
+    more bytes than a dense gradient of their table, summed after each micro-batch.
     """
     one = lambda micro: _gradients(program, state, micro, num_targets, num_tokens)
     count, first = batch["tokens"].shape[0], jax.tree.map(lambda array: array[0], batch)
@@ -101,9 +101,9 @@ def accumulate_gradients(
 def _gradients(
     program: TrainProgram, state: TrainState, batch: Batch, num_targets: Array, num_tokens: Array
 ) -> StepGradients:
-    """The gradients of one micro-batch."""
+    """The gradients and reads of one micro-batch."""
     parts, remat = program.parts, program.config.train.remat
-    # Padding comes last in its row, so the tokens before it never see it.
+    # Padding is at the end of its row, so the tokens before it never see it.
     segments = batch["segments"] if program.config.data.rows_hold_documents else None
     token_mask = batch["segments"] > 0
 
@@ -131,15 +131,15 @@ def _gradients(
     factors = [(row.weights, row.vectors) for of_table in rows.values() for row in of_table]
     not_finite = (~all_finite(factors)).astype(jnp.int32)
     if not (mesh := jax.sharding.get_abstract_mesh()).empty:
-        # Where its parameters live, so that no device sums or keeps all of it.
+        # Sharded like its parameters, so that no device sums or keeps all of it.
         dense = jax.lax.with_sharding_constraint(dense, program.dense_shardings(mesh, dense))
     summed = Summed(aux, dense, dense_tables, not_finite)
-    # A layer that reads several tables reads the same rows of each.
+    # A layer that reads several tables reads the same rows of each of them.
     return StepGradients(summed, rows, {layer: of_layer[0].indices for layer, of_layer in reads.items()})
 
 
 def _gathered_outside_blocks(params: nnx.State) -> nnx.State:
-    """Embedding, norm and output matrix gathered once; blocks gather theirs when they run."""
+    """Gathers embedding, norm and output matrix once; blocks gather their parameters when they run."""
     return nnx.State({name: part if name == "blocks" else axes.gathered(part) for name, part in params.items()})
 
 
@@ -149,7 +149,7 @@ def masks_of_parts(program: TrainProgram, batch: Batch) -> list[Array]:
 
 
 def _routers(routings: dict[str, Routing], token_mask: Array, num_tokens: Array) -> dict[str, RouterStatistics]:
-    """Statistics of a micro-batch's tokens without padding, times their share in those of the whole batch."""
+    """Statistics of a micro-batch's tokens other than padding, weighted by their share of the whole batch's tokens."""
     share = token_mask.sum() / num_tokens
     found = {name: router_statistics(routing, token_mask.ravel()) for name, routing in routings.items()}
     return jax.tree.map(lambda value: value * share.astype(value.dtype), found)
@@ -166,8 +166,9 @@ def _router_loss(program: TrainProgram, routers: dict[str, RouterStatistics]) ->
 
 
 def _without_padding(program: TrainProgram, state: TrainState, reads: Reads, token_mask: Bool[Array, " t"]) -> Reads:
-    """The reads without the picks of tokens that are padding: they touch no row and no state. In the order of the
-    model's lookups, in which the gradients of a table are summed.
+    """The reads without the picks of padding, which must touch no row or state.
+
+    They are in the order of the model's lookups, in which the gradients of a table are summed.
     """
     return {
         layer: tuple(read.without_padding(token_mask, state.tables[read.table].shape[0]) for read in reads[layer])
@@ -176,10 +177,10 @@ def _without_padding(program: TrainProgram, state: TrainState, reads: Reads, tok
 
 
 def _counted(counts: dict[str, Array], reads: dict[str, Array], ok: Array) -> dict[str, Array]:
-    """Read counters with the picks of tokens that are no padding (see `_without_padding`); bad steps do not count.
+    """Adds picks other than those of padding (see `_without_padding`) to the read counters, unless the step is bad.
 
-    Every device counts all picks: they are fewer than the slots of a large table, whose counts would have to be added
-    up over the devices.
+    Every device counts all picks: there are fewer of them than slots of a large table, whose counts would otherwise be
+    summed over the devices.
     """
     return {
         layer: count_reads(before, axes.replicate(jnp.where(ok, reads[layer], before.shape[0])))
@@ -188,5 +189,5 @@ def _counted(counts: dict[str, Array], reads: dict[str, Array], ok: Array) -> di
 
 
 def all_finite(tree: Any) -> Array:
-    """Whether no number of a tree is infinite or NaN."""
+    """Whether no number in a tree is infinite or NaN."""
     return jnp.all(jnp.stack([jnp.ones((), bool), *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))]))

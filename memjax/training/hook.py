@@ -1,4 +1,4 @@
-"""Hooks: extra work of a trainer around its steps."""
+"""Hooks: extra work that a trainer does around its steps."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from memjax.training.trainer import Trainer
 
 STOP_SECONDS = 5.0
-"""Seconds that the end of a hook may wait for a network in an interrupted run."""
+"""How long `Hook.end` may wait for a network in an interrupted run."""
 
 
 class Hook:
-    """Base class of hooks; methods that a hook does not override do nothing.
+    """Base class of hooks; methods that are not overridden do nothing.
 
-    Every process of a run calls the same methods at the same points, so a hook may run a computation of all devices;
-    what writes files does so in the first process alone (`memjax.sharding.processes.is_first`).
+    Every process of a run calls the same methods at the same points, so a hook may run a computation on all devices;
+    only the first process should write files (`memjax.sharding.processes.is_first`).
     """
 
     def state(self) -> dict[str, Any]:
@@ -26,31 +26,31 @@ class Hook:
         return {}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """Restores what `state` gave after the step that the run resumes from.
+        """Restores what `state` returned after the step from which the run resumes.
 
-        Not called where the checkpoint knows no hook of this name. One that is older than hooks gives its whole `meta`.
+        Not called if the checkpoint has no hook of this name. Checkpoints older than hooks pass their whole `meta`.
         """
 
     def begin(self, trainer: "Trainer") -> None:
-        """Called once before the first step, when the trainer's state is there."""
+        """Called once before the first step; the trainer's state is ready."""
 
     def before_step(self, trainer: "Trainer", number: int) -> None:
         """Called before every step, whatever the hook's period."""
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Called after each step that is due; the device may still compute it.
+        """Called after each step for which the hook is due; the device may still be computing it.
 
-        `step.host_metrics` and `step.add` take metrics for its row. What takes long belongs under `trainer.paused()`.
+        `step.host_metrics` and `step.add` take metrics for its row. Long work belongs under `trainer.paused()`.
         """
 
     def on_row(self, trainer: "Trainer", row: Row) -> None:
-        """Called with the metrics of every step, in order, once they are known. What is added to the row is logged."""
+        """Called with the metrics of every step, in order, once they are known. Anything added to the row is logged."""
 
     def on_late_metrics(self, trainer: "Trainer", step: int, metrics: Row) -> None:
-        """Called with metrics of a step whose row is written already."""
+        """Called with metrics of a step whose row has already been written."""
 
     def end(self, trainer: "Trainer") -> None:
-        """Called once, whatever ends the run; the hooks that began last end first."""
+        """Called once, whatever ends the run; hooks end in the reverse of the order in which they began."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Periodic:
     name: str
     hook: Hook
     every: int | None = 1
-    """Steps between calls of `after_step`, which is also called after the last step; None: only after the last."""
+    """Steps between calls of `after_step`, which is also called after the last step; None for only after the last."""
 
     def __post_init__(self) -> None:
-        """Refuses a period of no step."""
+        """Refuses a period of less than one step."""
         if self.every is not None and self.every < 1:
             raise ValueError(
                 f"hook {self.name}: every is {self.every}; it must be 1 or more, or None for after the last step alone"

@@ -1,4 +1,4 @@
-"""The standard hooks of a run, and their order; here are throughput, log, slot usage and checkpoints."""
+"""The standard hooks of a run and their order; throughput, log, slot usage and checkpoints are defined here."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def with_standard_hooks(
     added: Iterable[Periodic], program: TrainProgram, folder: RunFolder, mesh: jax.sharding.Mesh
 ) -> list[Periodic]:
-    """The hooks that a config asks for, and others, in the order in which they are called.
+    """The hooks that a config asks for and the added ones, in the order in which they are called.
 
-    The others come before what ends the work on a step's row and state, so that logs and checkpoints hold theirs, too.
+    The added hooks come before those that write a step's row and state, so that logs and checkpoints include theirs.
 
     Raises:
         ValueError: two hooks have the same name.
@@ -51,7 +51,7 @@ def with_standard_hooks(
         Periodic("save", Save(config.checkpoint.steps_between_tables), config.checkpoint.every),
     ]
     if config.run.mirror:
-        hooks.insert(0, Periodic("mirror", Mirror(folder.path, config.run.mirror), None))  # what begins first ends last
+        hooks.insert(0, Periodic("mirror", Mirror(folder.path, config.run.mirror), None))  # begins first, ends last
     names = [periodic.name for periodic in hooks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two hooks are named {', '.join(twice)}: the names of hooks must be unique")
@@ -59,7 +59,7 @@ def with_standard_hooks(
 
 
 class Throughput(Hook):
-    """Tokens so far, speed, model FLOPs utilisation and memory of the device, in every row."""
+    """Adds tokens so far, speed, model FLOPs utilisation and device memory to every row."""
 
     def __init__(self, program: TrainProgram, mesh: jax.sharding.Mesh):
         self._flops_per_token = program.flops_per_token
@@ -67,7 +67,7 @@ class Throughput(Hook):
         peak = peak_flops(mesh.devices.flat[0])
         self._peak_flops = peak and peak * mesh.size
         self._tokens_seen: int | None = 0
-        """Tokens of all steps read so far, without padding; None where the checkpoint lacks the count."""
+        """Tokens of all steps so far, without padding; None if the checkpoint lacks the count."""
         self._compile_seconds_are_new = True
 
     def state(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Throughput(Hook):
         self._tokens_seen = saved.get("tokens_seen")
 
     def begin(self, trainer: "Trainer") -> None:
-        """Counts the tokens of the rows where the checkpoint lacks the count."""
+        """Counts the tokens of the logged rows if the checkpoint lacks the count."""
         if self._tokens_seen is None:
             rows = read_metrics(trainer.folder.metrics)
             self._tokens_seen = sum(row.get("train/tokens") or 0 for row in rows if row["step"] <= trainer.first_step)
@@ -97,13 +97,13 @@ class Throughput(Hook):
 
 
 class Log(Hook):
-    """Writes rows to `metrics.jsonl` and the trackers, and prints progress; files in the first process alone."""
+    """Writes rows to `metrics.jsonl` and the trackers, and prints progress; only the first process writes files."""
 
     _metrics: MetricsFile | None = None
     _trackers: tuple[Tracker, ...] | list[Tracker] = ()
 
     def begin(self, trainer: "Trainer") -> None:
-        """Opens the files, and drops what was written after the step that the run resumes from."""
+        """Opens the files, and drops what was written after the step from which the run resumes."""
         config, first_step = trainer.config, trainer.first_step
         if is_first():
             self._metrics = MetricsFile(trainer.folder.metrics, last_step=first_step)
@@ -136,22 +136,22 @@ class Log(Hook):
 class SlotUsage(Hook):
     """Adds slot statistics to the row of the step that ends a window, and restarts the count.
 
-    Only windows of the same length can be compared, so one that a changed `log.usage_every` has cut short is dropped.
-    A run shorter than one window reports what there is at its end, and continues counting if it is extended.
+    Only windows of the same length are comparable, so one cut short by a change of `log.usage_every` is dropped. A run
+    shorter than one window reports what it has at its end, and continues counting if it is extended.
     """
 
     def __init__(self, every: int):
         self._every = every
         self._since = 0
-        """The step after which the reads of the slots began to be counted."""
+        """The step after which counting started."""
         self._report: Any = None
-        """Compiled when it is first called."""
+        """Compiled on the first call."""
 
     def state(self) -> dict[str, Any]:
         return {"usage_since": self._since}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """The step of the last count; versions before 0.2 restarted the count after the last step of a run."""
+        """Restores the start of the count; versions before 0.2 restarted the count after the last step of a run."""
         config = saved.get("config", {})
         every = config.get("log", {}).get("usage_every") or self._every
         is_end = step == config.get("train", {}).get("steps")
@@ -173,7 +173,7 @@ class SlotUsage(Hook):
             step.host_metrics[WINDOW] = window
 
     def _measure(self, trainer: "Trainer") -> Any:
-        """The state with counters at zero, and the statistics."""
+        """The state with its counters set to zero, and the statistics."""
         if self._report is not None:
             return self._report(trainer.state)
         self._report = make_usage_report(trainer.program, trainer.mesh)
@@ -182,7 +182,7 @@ class SlotUsage(Hook):
 
 
 class Save(Hook):
-    """Saves checkpoints; between those with tables there may be partial ones, without them."""
+    """Saves checkpoints; there may be partial ones without tables between those with tables."""
 
     def __init__(self, steps_between_tables: int):
         self._steps_between_tables = steps_between_tables

@@ -1,4 +1,4 @@
-"""Steps that the device computes while the host makes the next ones ready."""
+"""Steps that the device computes while the host prepares the next ones."""
 
 import dataclasses
 from collections import deque
@@ -11,33 +11,33 @@ from memjax.monitoring.metrics import Row
 from memjax.monitoring.progress import Stopwatch
 
 IN_FLIGHT = 1
-"""Steps under way while the loop waits for the one before: one computes while the next is made ready. With more, a
-signal, a NaN or a progress line would only wait longer."""
+"""Steps in flight while the loop waits for the one before: one computes while the next is prepared. More would only
+delay signals, the detection of NaN, and progress lines."""
 
 
 class NotFinite(Exception):
-    """A loss or gradient is not a number; the state before that step is saved."""
+    """A loss or gradient is not finite; the state before that step is saved."""
 
 
 @dataclasses.dataclass
 class Step:
-    """A step that was given to the device, and what the host knows of it."""
+    """A step that was dispatched to the device, and what the host knows about it."""
 
     number: int
     data_position: dict[str, Any]
-    """After the step's batch."""
+    """Position in the data after the step's batch."""
     is_last: bool = False
     """Whether the run ends with it."""
     device_metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Reading them waits for the step."""
+    """Reading these waits for the step."""
     host_metrics: Row = dataclasses.field(default_factory=dict)
     requested: set[str] = dataclasses.field(default_factory=set)
-    """Names of hooks to call after this step, although their period does not end with it."""
+    """Names of hooks to call after this step even if they are not due."""
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """Adds metrics to the step's row, scalars on the device, and starts to copy them to the host.
+        """Adds metrics to the step's row, which must be scalars on the device, and starts to copy them to the host.
 
-        Numbers of the host go into `host_metrics`.
+        Numbers on the host go into `host_metrics`.
         """
         for value in metrics.values():
             value.copy_to_host_async()
@@ -45,28 +45,28 @@ class Step:
 
 
 class InFlight:
-    """The steps whose metrics are not read yet, oldest first."""
+    """The steps whose metrics have not been read yet, oldest first."""
 
     def __init__(self, before_each: Callable[[], None] = lambda: None):
-        """`before_each` is called before a step leaves, which it does not if that raises."""
+        """`before_each` is called before a step is removed; if it raises, the step stays."""
         self._before_each = before_each
         self._steps: deque[Step] = deque()
         self.stopwatch = Stopwatch()
-        """A step's time is that between the end of the one before and its own, as the host sees them."""
+        """A step's time is that between the end of the previous step and its own end, as the host sees them."""
 
     def __len__(self) -> int:
         return len(self._steps)
 
     @property
     def is_done(self) -> bool:
-        """Whether the device has computed all of them."""
+        """Whether the device has computed all steps."""
         return all(value.is_ready() for step in self._steps for value in step.device_metrics.values())
 
     def push(self, step: Step) -> None:
         self._steps.append(step)
 
     def finished(self, *, keep: int = IN_FLIGHT) -> Iterator[tuple[Step, Row]]:
-        """Steps and their rows until that many are left: enough that the device never idles. Waits for each.
+        """Removes and yields steps with their rows, waiting for each, until `keep` of them are left.
 
         Raises:
             NotFinite: a step was not finite; the steps after it are dropped.

@@ -1,6 +1,6 @@
-"""Turn signals into a flag that the loop checks after every step; before there is anything to save, exit at once.
+"""Turns signals into a flag that the loop checks after every step; before there is anything to save, exits at once.
 
-Imports no JAX, so that a program can call `run_program` before it does.
+Does not import JAX, so that a program can call `run_program` before it does.
 """
 
 import contextlib
@@ -23,56 +23,56 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""Signals by which schedulers, terminals and people end a program."""
+"""Signals with which schedulers, terminals and people end a program."""
 
 _MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
-"""Where these are ignored from the start, they stay so: under nohup, and in the background of a script."""
+"""If these are ignored at the start, as under nohup or in the background of a script, they stay ignored."""
 
 SAVED, NOTHING_SAVED, CHECKPOINT_TROUBLE = 75, 130, 4
 """Exit codes: the same command resumes from a checkpoint; there is none; one could not be written or read."""
 
 _TRACKER_THREAD = "memjax log."
-"""How the names of the trackers' threads begin, which end with the run unless a service does not answer."""
+"""Prefix of the names of tracker threads, which end with the run unless a service does not answer."""
 
 _SAME_REQUEST_SECONDS = 2.0
-"""Launchers pass on what a terminal sends to all of them as well; copies within this time are one request."""
+"""Signals within this time are one request, because launchers forward what a terminal also sends directly."""
 
 _HANDLER_SECONDS = 0.5
-"""How long Python's own handler has before the thread takes over: none runs while JAX compiles."""
+"""How long Python's own handler has before the thread takes over, since no handler runs while JAX compiles."""
 
 
 class Interrupt:
-    """Whether a signal wants the run to stop.
+    """Whether a signal has asked the run to stop.
 
-    While nothing would be lost (`at_once`), a signal ends the process. Otherwise it is a flag, which the loop looks at
-    between two steps; a later Ctrl-C, or a second SIGTERM, then ends the process without another save.
+    While nothing would be lost (`at_once`), a signal ends the process. Otherwise it sets a flag, which the loop checks
+    between steps; a later Ctrl-C, or a second SIGTERM, then ends the process without another save.
     """
 
     wakeup: int | None = None
-    """Where the interpreter writes the numbers of signals as they come."""
+    """File descriptor to which the interpreter writes the numbers of signals as they arrive."""
 
     def __init__(self, *, at_once: bool = True, quiet: bool = False) -> None:
-        """Starts without a request; `quiet` is for every process but the first."""
+        """Starts without a request; all processes but the first are `quiet`."""
         self.name: str | None = None
-        """The signal that came, None so far."""
+        """Name of the first signal; None so far."""
         self.exit_code = NOTHING_SAVED
-        """Exit code if the process ends at once; SAVED as soon as there is a checkpoint."""
+        """Exit code if the process ends at once; SAVED once there is a checkpoint."""
         self._first: tuple[int, float] | None = None
         self.set(at_once=at_once, quiet=quiet)
 
     def set(self, *, at_once: bool, quiet: bool) -> None:
-        """Changes what `__init__` was given."""
+        """Replaces the arguments of `__init__`."""
         self._at_once, self._quiet = at_once, quiet
 
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
-        """The signal handler. It prints nothing through Python's files, which it may have interrupted."""
+        """The signal handler. It does not print through Python's file objects, which it may have interrupted."""
         name, now = signal.Signals(number).name, time.monotonic()
         if self._at_once:
             self._end(name)
         if self._first is None:
             self._first, self.name = (number, now), name
             self._print(f"\n{name}: saving after this step")
-        # SIGXCPU comes every second, and schedulers warn with one signal before they send another.
+        # SIGXCPU arrives every second, and schedulers warn with one signal before they send another.
         elif now - self._first[1] > _SAME_REQUEST_SECONDS and (
             number == signal.SIGINT or number == self._first[0] == signal.SIGTERM
         ):
@@ -80,20 +80,20 @@ class Interrupt:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """While the block runs, signals wait for the loop. After it they end the process, unless an error ended it."""
+        """Leaves signals to the loop while the block runs. After it they end the process, unless an error ended it."""
         self._at_once = False
         yield
         self._at_once = True
-        if self.name is not None:  # it came too late for the loop
+        if self.name is not None:  # too late for the loop
             self.end()
 
     def rearm(self) -> None:
-        """Takes back the wake-up descriptor, which event loops of libraries leave unset."""
+        """Sets the wake-up descriptor again, which the event loops of libraries leave unset."""
         if self.wakeup is not None and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
 
     def end(self) -> NoReturn:
-        """Ends the process for the signal that came."""
+        """Ends the process because of the signal that arrived."""
         self._end(self.name or "stopped")
 
     def _end(self, why: str) -> NoReturn:
@@ -109,30 +109,30 @@ class Interrupt:
                 os.write(2, f"{line}\n".encode())
 
     def watch(self, number: int) -> None:
-        """Ends the process where Python's handler cannot, because the main thread is in a long call of a library."""
+        """Ends the process if Python's handler cannot, because the main thread is in a long library call."""
         time.sleep(_HANDLER_SECONDS)
         if self._at_once:
             self._end(signal.Signals(number).name)
 
 
 class RaisedInterrupt(Interrupt):
-    """For functions that others call: what would end the process raises KeyboardInterrupt instead."""
+    """For library functions: raises KeyboardInterrupt instead of ending the process."""
 
     def _end(self, why: str) -> NoReturn:
         raise KeyboardInterrupt(why)
 
     def watch(self, number: int) -> None:
-        """Leaves long calls of libraries alone: only Python's own handler can raise in the main thread."""
+        """Leaves long library calls alone: only Python's own handler can raise in the main thread."""
 
 
 @contextlib.contextmanager
 def catch_interrupts(
     *, at_once: bool = True, quiet: bool = False, kind: type[Interrupt] = Interrupt
 ) -> Iterator[Interrupt]:
-    """Handles the signals while the block runs; outside of the main thread, where Python allows none, nothing changes.
+    """Handles the signals while the block runs; outside the main thread, where Python allows no handlers, does nothing.
 
-    Inside another such block the same `Interrupt` is used. The arguments are those of `Interrupt`; `kind` is what the
-    outermost block makes.
+    Inside another such block, the same `Interrupt` is used. The arguments are those of `Interrupt`; `kind` is the class
+    that the outermost block instantiates.
     """
     outer = signal.getsignal(signal.SIGTERM)
     if isinstance(outer, Interrupt):
@@ -156,7 +156,7 @@ def catch_interrupts(
     finally:
         signal.set_wakeup_fd(fd_before)
         for number, handler in before.items():
-            if signal.getsignal(number) is interrupt:  # what the block has ignored for good stays ignored
+            if signal.getsignal(number) is interrupt:  # else the block has set it to be ignored for good
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
         there.close()
         watcher.join()
@@ -172,8 +172,8 @@ def _watch(interrupt: Interrupt, numbers: socket.socket) -> None:
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Runs the main function of a program and ends the process with its exit code.
 
-    A signal that comes before the program catches its own ends it with 130; one that comes after it has returned does
-    not change its code.
+    A signal before the program handles signals itself ends it with 130; one after it has returned does not change its
+    exit code.
     """
     open_missing_files()
     closed_loops.hide()
@@ -181,8 +181,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code = main()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        # Threads of Orbax may wait for a save that has failed, and what a tracker's library does at the exit for its
-        # service, which does not answer.
+        # Orbax's threads may wait for a save that failed, and exit handlers of a tracker's library for a service that
+        # does not answer.
         stuck = any(thread.name.startswith(_TRACKER_THREAD) for thread in threading.enumerate())
         if stuck or code == CHECKPOINT_TROUBLE:
             leave_after_output(code)
@@ -190,9 +190,9 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
 
 def any_process_interrupted(interrupt: Interrupt, mesh: "Mesh") -> "Callable[[], jax.Array]":
-    """A function that returns, on the device, whether a signal has come to any of the processes.
+    """A function that returns, as an array on the device, whether any of the processes has received a signal.
 
-    All processes call it at the same points of the run and get the same answers. Reading one waits for it.
+    All processes call it at the same points of the run and get the same answer. Reading it waits.
     """
     import jax
     import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Run a training from its config to its summary; the dry run."""
+"""Runs training from config to summary, and the dry run."""
 
 import contextlib
 from collections.abc import Sequence
@@ -41,16 +41,16 @@ from memjax.training.trainer import Trainer
 
 
 def dry_run(config: RunConfig, *, fit_to: tuple[int, int] | None = None) -> int:
-    """Prints what a run would need; works on any machine, whatever the mesh. Where the mesh's accelerators are there,
-    also compiles the step, which gives the exact number.
+    """Prints what a run would need, on any machine and for any mesh.
 
-    With fit_to (bytes of a device, number of devices), prints settings with which the run fits there instead.
+    If the mesh's accelerators are present, also compiles the step, which gives the exact number. With fit_to (bytes of
+    a device, number of devices), prints settings with which the run fits there instead.
 
     Returns:
-        0, or 7 where nothing fits.
+        0, or 7 if nothing fits.
 
     Raises:
-        ConfigError, DataError, CheckpointError: data or tokenizer cannot be used; the plan is printed before.
+        ConfigError, DataError, CheckpointError: data or tokenizer cannot be used; the plan has been printed.
     """
     code = 0
     if fit_to is None:
@@ -82,10 +82,10 @@ def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Per
     """Trains, or resumes, or reports a finished run.
 
     Returns:
-        The exit code: 0 done, 5 not a number, 7 out of memory, 75 stopped by a signal after saving.
+        The exit code: 0 done, 5 not finite, 7 out of memory, 75 stopped by a signal after saving.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what their names say.
+        ConfigError, DataError, CheckpointError: as their names say.
     """
     check_trainable(config)
     check(config)
@@ -105,7 +105,7 @@ def train(config: RunConfig, *, allow_changed: bool = False, hooks: Sequence[Per
         say(f"{folder.path} is already finished; continue it with a larger --train.steps, or set another --run.dir.\n")
         say(describe_summary(claim.finished, folder))
         if config.run.mirror and is_first():
-            mirror(folder.path, config.run.mirror)  # what could not be sent at its end
+            mirror(folder.path, config.run.mirror)  # what could not be sent when the run ended
         return 0
 
 
@@ -113,7 +113,7 @@ def _train(claim: Claim, hooks: Sequence[Periodic]) -> int:
     config, folder = claim.config, claim.folder
     log_schedule_changes(claim)
     mesh = make_mesh(config)
-    # What takes long and keeps nothing that a signal should wait for comes first.
+    # Slow work with nothing to save comes first, while signals still end the process.
     log_phase("reading tokenizer and data")
     source = find_source(config.data.in_run(str(folder.path)))
     tokenizer = folder.tokenizer(config, source)
@@ -151,7 +151,7 @@ def _train(claim: Claim, hooks: Sequence[Periodic]) -> int:
 
 
 def _too_little(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh) -> int | None:
-    """The memory that is left, where on CPUs the state alone needs more: the system would kill the process silently."""
+    """Available memory, if on CPUs the state alone needs more: the system would kill the process without a message."""
     free, local = host_memory.available_bytes(), mesh.local_devices
     if free is None or local[0].platform != "cpu":
         return None
@@ -160,7 +160,7 @@ def _too_little(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mes
 
 
 def check(config: RunConfig) -> None:
-    """Refuses settings that only training needs to be right.
+    """Checks the settings that only training uses.
 
     Raises:
         ConfigError: with every problem.
@@ -180,7 +180,7 @@ def check(config: RunConfig) -> None:
 
 
 def _unreadable(config: RunConfig) -> list[str]:
-    """The addresses among the settings whose packages are missing."""
+    """Problems of remote addresses in the settings, such as missing packages."""
     addresses = {
         "train.init_from": config.train.init_from,
         "data.path": config.data.path,
@@ -197,13 +197,13 @@ def _unreadable(config: RunConfig) -> list[str]:
 
 
 def _why_no_cudnn(config: RunConfig) -> str | None:
-    """Why cuDNN's attention cannot run, as text; None if it can."""
+    """The reason why cuDNN's attention cannot run; None if it can."""
     model = config.model
     return dot_product.why_not("cudnn", resolve_dtype(model.dtype), model.head_width, config.data.sequence_length)
 
 
 def _attention(config: RunConfig) -> str:
-    """The implementation of the attention that runs."""
+    """The implementation of the attention that will run."""
     if config.attention != "auto":
         return config.attention
     reason = _why_no_cudnn(config)
@@ -211,13 +211,13 @@ def _attention(config: RunConfig) -> str:
 
 
 def _kernels(operation: str, type_name: DType) -> str:
-    """The implementation of an operation that runs on a type."""
+    """The implementation of an operation that will run for a type."""
     dtype = resolve_dtype(type_name)
     return dispatch.choose(operation, None, dtype) + _because(dispatch.why_not("triton", dtype), "triton")
 
 
 def _because(reason: str | None, fastest: str) -> str:
-    """Why the fastest implementation does not run; empty where it does, and on CPUs, where it is not expected."""
+    """Why the fastest implementation does not run; empty if it does, and on CPUs, where it is not expected."""
     return "" if reason is None or jax.default_backend() == "cpu" else f" ({fastest} cannot run: {reason})"
 
 
@@ -247,7 +247,7 @@ def opening(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mesh, f
         f"{config.data.batch_size} x {config.data.sequence_length} tokens",
         f"attention  {_attention(config)}",
     ]
-    # The operations of lookups have the same implementations, so one name stands for all.
+    # All operations of lookups have the same implementations, so one stands for all.
     chosen = {_kernels("embedding_bag", lookup.table_dtype) for lookup in model.lookups.values()}
     lines += [f"kernels    {name}" for name in sorted(chosen)]
     if experts:

@@ -1,4 +1,4 @@
-"""Mirror a run's folder to another place, in the background after each save."""
+"""Mirrors a run's folder to another place, in the background after each save."""
 
 import importlib.util
 import pathlib
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from memjax.training.trainer import Trainer
 
 LOOK_SECONDS = 1.0
-"""How often the folder is looked at for a new save."""
+"""How often the folder is checked for a new save."""
 
 _POLL_SECONDS = 0.1
 
 
 class Mirror(Hook):
-    """Sends a run's folder from the first process, while training continues."""
+    """Copies a run's folder from the first process, while training continues."""
 
     _thread: threading.Thread | None = None
 
@@ -34,7 +34,7 @@ class Mirror(Hook):
         self._has_warned = False
 
     def before_step(self, trainer: "Trainer", number: int) -> None:
-        """Begins to send a save that is complete, unless the one before is under way."""
+        """Starts to copy a complete save, unless the previous copy is in progress."""
         now = time.monotonic()
         is_busy = self._thread is not None and self._thread.is_alive()
         if number == 1 or not is_first() or is_busy or now < self._look_at:
@@ -45,13 +45,13 @@ class Mirror(Hook):
             if newest != self._newest:
                 self._start()
                 self._newest = newest
-        except Exception as error:  # a folder that cannot be listed now
+        except Exception as error:  # the folder cannot be listed at the moment
             if not self._has_warned:
                 self._has_warned = True
                 _warn(self._address, error)
 
     def end(self, trainer: "Trainer") -> None:
-        """Waits for what is under way, and sends what is new; of a run that is to stop, waits a few seconds only."""
+        """Waits for the current copy, and copies what is new; if the run must stop, waits only a few seconds."""
         self._wait(trainer)
         if is_first() and not _must_stop(trainer):
             self._start()
@@ -79,7 +79,7 @@ def _must_stop(trainer: "Trainer") -> bool:
 
 
 def mirror(folder: pathlib.Path, address: str) -> None:
-    """Brings the copy up to date; whatever goes wrong costs a line and nothing else."""
+    """Brings the copy up to date; if anything goes wrong, only prints a warning."""
     try:
         remote.push(folder, address)
     except Exception as error:  # of any file system
@@ -87,12 +87,13 @@ def mirror(folder: pathlib.Path, address: str) -> None:
 
 
 def check_mirror(folder: pathlib.Path, address: str) -> None:
-    """Refuses, before the first step, an address that holds something other than the mirror of the folder's run.
+    """Refuses, before the first step, an address that holds anything but a mirror of the folder's run.
 
-    A store that does not answer costs a line: it may do so later, and is looked at again before anything is sent.
+    A store that does not answer only causes a warning: it may answer later, and is checked again before anything is
+    sent.
 
     Raises:
-        ConfigError: it does, a package is missing, or one of the folders lies in the other.
+        ConfigError: it holds something else, a package is missing, or one folder lies in the other.
     """
     if importlib.util.find_spec("fsspec") is None:
         raise ConfigError(f"run.mirror={address} takes the package fsspec; pip install 'memjax[remote]'")

@@ -20,7 +20,7 @@ _FROZEN = "frozen"
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step number (from 0): a linear warm-up, then what `config.schedule` says."""
+    """Learning rate by step (from 0): a linear warm-up, then `config.schedule`."""
     warmup, decay = config.warmup_of(steps), config.decay_of(steps)
     if config.schedule == "constant" or (config.schedule == "wsd" and decay == 0):
         after = optax.constant_schedule(config.lr)
@@ -34,13 +34,13 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
 
     def rate(step: ArrayLike) -> ArrayLike:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes types
-            return joined(step + 1)  # the first step counts as 1: at rate 0 it would be wasted
+            return joined(step + 1)  # the first step counts as 1, since at rate 0 it would be wasted
 
     return rate
 
 
 def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) -> optax.GradientTransformation:
-    """AdamW on the clipped gradient; matrices decay, norms and biases do not. What is frozen has no state."""
+    """AdamW on the clipped gradient; matrices decay, norms and biases do not. Frozen parameters have no state."""
     schedule = make_schedule(config, steps)
 
     def adamw(factor: float) -> optax.GradientTransformation:
@@ -53,12 +53,12 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
             mask=lambda params: jax.tree.map(lambda param: param.ndim >= 2, params),
         )
 
-    # The names of groups are in checkpoints. Queries and keys are the address of a row.
+    # Checkpoints contain the names of groups. Queries and keys are a row's "address".
     by_group = optax.partition(
         {"dense": adamw(1.0), "address": adamw(config.key_lr_factor), _FROZEN: optax.set_to_zero()},
         parameter_groups(config, abstract_params),
     )
-    # What is clipped together with the tables is clipped before; either has no state.
+    # Joint clipping with the tables happens before the optimizer; neither form has state.
     clip = optax.identity()
     if config.max_grad_norm is not None and config.clip_tables != "joint":
         clip = clip_by_global_norm(config.max_grad_norm)
@@ -66,7 +66,7 @@ def make_optimizer(config: OptimConfig, steps: int, abstract_params: nnx.State) 
 
 
 def at_step(state: optax.OptState, step: Array) -> optax.OptState:
-    """The optimizer's state, in which learning rates are those of the step: a skipped update counts for them, too."""
+    """The optimizer's state with its schedules set to the step, so that skipped updates count for them too."""
     is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)
     return jax.tree.map(
         lambda node: node._replace(count=step) if is_schedule(node) else node, state, is_leaf=is_schedule
@@ -78,15 +78,15 @@ def global_norm(gradient: Any) -> Float[Array, ""]:
     squares = [jnp.square(leaf.astype(accumulator(leaf.dtype))) for leaf in jax.tree.leaves(gradient)]
     if has_several_devices():
         return jnp.sqrt(sum(jnp.sum(square) for square in squares))
-    # One small kernel for each array and one for all of them take half the time of two for each. (Split over devices,
-    # the rows of an array are not at hand.)
+    # One small kernel per array and one for all of them take half the time of two per array. (Not if arrays are
+    # sharded, so that no device has all of their rows.)
     rows = [(jnp.sum(square, axis=-1) if square.ndim > 1 else square).ravel() for square in squares]
-    # XLA would turn the sum of what is joined back into a sum for each array; the barrier keeps it from that.
+    # The barrier keeps XLA from turning the sum of the concatenation back into one sum per array.
     return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(rows))))
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Shortens gradients whose norm is above the limit; optax's own would sum bfloat16 squares in bfloat16."""
+    """Clips gradients by their global norm; optax's own function would sum bfloat16 squares in bfloat16."""
 
     def clip(gradient: Any, _: Any) -> Any:
         return scaled(gradient, jnp.minimum(1, limit / global_norm(gradient)))
@@ -95,12 +95,12 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 
 def scaled(gradient: Any, factor: Array) -> Any:
-    """The gradient times a number, in its types."""
+    """The gradient times a number, keeping its types."""
     return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), gradient)
 
 
 def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:
-    """How each parameter is trained, in the parameters' tree: `dense`, `address` (queries and keys) or `frozen`."""
+    """The group of each parameter, in the parameters' tree: `dense`, `address` (queries and keys) or `frozen`."""
 
     def group(path: tuple[Any, ...], variable: nnx.Variable) -> str:
         if isinstance(variable, QueryKeyParam):
@@ -112,6 +112,6 @@ def parameter_groups(config: OptimConfig, abstract_params: nnx.State) -> Any:
 
 
 def without_gradient_where_frozen(config: OptimConfig, params: nnx.State) -> nnx.State:
-    """The parameters; the frozen ones are constants to autodiff, so that their gradients are zero and cost nothing."""
+    """The parameters; frozen ones are constants for autodiff, so that their gradients are zero and cost nothing."""
     constant = lambda group, variable: jax.lax.stop_gradient(variable) if group == _FROZEN else variable
     return jax.tree.map(constant, parameter_groups(config, params), params)

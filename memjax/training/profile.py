@@ -1,4 +1,4 @@
-"""The hook that traces some steps of a run."""
+"""The hook that traces a window of steps of a run."""
 
 import contextlib
 import pathlib
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 class Profile(Hook):
-    """Traces a window of steps in the first process and prints what took the most time; all pause at its ends.
+    """Traces a window of steps in the first process and prints what took most time; all processes pause at its ends.
 
-    Nothing that goes wrong with a trace stops the run, or moves the window.
+    A failing trace neither stops the run nor moves the window.
     """
 
     def __init__(self, config: ProfileConfig, folder: pathlib.Path):
         self._window, self._top, self._folder = range(config.start, config.start + config.steps), config.top, folder
         self._first: int | None = None
-        """The first step that is traced, while the window is open: later than its start in a resumed run."""
+        """The first traced step while the window is open; in a resumed run, it may be later than the window's start."""
         self._is_tracing = False
 
     def before_step(self, trainer: "Trainer", number: int) -> None:
         if self._first is not None or number not in self._window:
             return
         self._first = number
-        # Steps under way would be traced too.
+        # Steps in flight would be traced too.
         with trainer.paused(), _told():
             if is_first():
                 options = ProfileOptions()
@@ -60,7 +60,7 @@ class Profile(Hook):
             self._stop()
 
     def _stop(self) -> bool:
-        """Ends the trace, if there is one; whether there was."""
+        """Ends the trace, if there is one; returns whether there was."""
         was_tracing, self._is_tracing = self._is_tracing, False
         if was_tracing:
             jax.profiler.stop_trace()
@@ -69,7 +69,7 @@ class Profile(Hook):
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Says what goes wrong instead of raising it."""
+    """Prints errors instead of raising them."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The stateless part of a training: the model's structure and the optimizers."""
+"""The stateless part of training: the model's structure and the optimizers."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from memjax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
-    """The model's structure and the optimizers: everything that stays the same over a run."""
+    """The model's structure and the optimizers: everything that stays the same throughout a run."""
 
     config: RunConfig
     parts: DecoderParts
@@ -35,7 +35,7 @@ class TrainProgram:
 
     @classmethod
     def of(cls, config: RunConfig, *, implementation: str | None = None) -> "TrainProgram":
-        """The program of a config; `implementation` names that of the memory's operations."""
+        """The program of a config; `implementation` is that of the memory's operations."""
         attention = None if config.attention == "auto" else config.attention
         parts = DecoderParts.of(config.model, implementation=implementation, attention=attention)
         steps, seed = config.train.steps, config.run.seed
@@ -47,7 +47,7 @@ class TrainProgram:
         return cls(config, parts, make_optimizer(config.optim, steps, parts.abstract_params), table_optimizer)
 
     def init(self, key: Array, mesh: Mesh) -> TrainState:
-        """The state before the first step; arrays are initialised already sharded, so no device holds a full table."""
+        """The state before the first step; arrays are initialised sharded, so no device holds a full table."""
         shardings = self.shardings(mesh)
         return self.place(self.parts.init(key, (shardings.params, shardings.tables)), shardings)
 
@@ -56,7 +56,7 @@ class TrainProgram:
         return jax.jit(self.begin, donate_argnums=(0, 1), out_shardings=shardings)(*arrays)
 
     def begin(self, params: nnx.State, tables: Tables) -> TrainState:
-        """The state before the first step of a training that starts from the given arrays."""
+        """The state before the first step, starting from the given arrays."""
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             healthy=jnp.ones((), bool),
@@ -71,12 +71,12 @@ class TrainProgram:
 
     @property
     def schedule(self) -> optax.Schedule:
-        """The dense parameters' learning rate, by step."""
+        """The learning rate of the dense parameters, by step."""
         return make_schedule(self.config.optim, self.config.train.steps)
 
     @property
     def flops_per_token(self) -> int:
-        """The arithmetic of the training, by which runs are compared."""
+        """The training arithmetic by which runs are compared."""
         length, frozen = self.config.data.sequence_length, self.config.optim.freeze_dense
         return training_flops(self.parts, length, freeze_dense=frozen).total
 
@@ -87,13 +87,13 @@ class TrainProgram:
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """The state as shapes."""
+        """The shapes of the state."""
         return jax.eval_shape(self.begin, self.parts.abstract_params, self.parts.abstract_tables)
 
     def shardings(self, mesh: Mesh | AbstractMesh) -> TrainState:
-        """Where every array of the state lives.
+        """The sharding of every array of the state.
 
-        Tables and their state are split by columns, dense parameters and theirs by `dense_shardings`; the rest is
+        Tables and their state are sharded by columns, dense parameters and theirs by `dense_shardings`; the rest is
         replicated.
         """
         state = self.abstract_state
@@ -107,7 +107,8 @@ class TrainProgram:
         )
 
     def dense_shardings(self, mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-        """Where arrays of the tree of dense parameters live: split over `tensor` by their logical axes, and over `data`
-        and `memory` as `mesh.dense` says.
+        """Shardings of a tree like that of the dense parameters.
+
+        They are sharded over `tensor` by their logical axes, and over `data` and `memory` as `mesh.dense` says.
         """
         return of_parameters(mesh, tree, fully_sharded=self.config.mesh.dense == "sharded")

@@ -21,7 +21,7 @@ from memjax.training.optimizer import at_step
 
 @dataclasses.dataclass(frozen=True)
 class DenseTableOptimizer:
-    """The dense modes: plain optax on a gradient of the table's size, called like a `RowOptimizer`."""
+    """The dense modes: plain optax on a gradient of the table's size, with the interface of `RowOptimizer`."""
 
     learning_rate: optax.Schedule
     make: Callable[[optax.Schedule], optax.GradientTransformation]
@@ -35,7 +35,7 @@ class DenseTableOptimizer:
     def squared_norm(
         self, rows: Array, gradient: Float[Array, "n d"], *, ok: ArrayLike = True
     ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
-        """The unchanged rows, and the squared norm of their gradient, which nothing has to wait for."""
+        """The unchanged rows, and the squared norm of their gradient; `ok` is not needed."""
         del ok
         return rows, jnp.sum(jnp.square(gradient.astype(accumulator(gradient.dtype))))
 
@@ -46,7 +46,7 @@ class DenseTableOptimizer:
     def update(
         self, name: str, rows: Array, state: Any, gradient: Float[Array, "n d"], *, step: Array, ok: Array
     ) -> tuple[Float[Array, "n d"], Any]:
-        """The table and its state; as they were where ok is false."""
+        """The updated table and its state; unchanged if ok is false."""
         with jax.numpy_dtype_promotion("standard"):  # optax mixes types
             updates, after = self.make(self.learning_rate).update(gradient, at_step(state, step), rows)
             updated = jnp.asarray(optax.apply_updates(rows, updates))

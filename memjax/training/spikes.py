@@ -1,26 +1,26 @@
-"""Loss spikes: skip the update of a step whose loss or gradient norm is far above the recent ones."""
+"""Loss spikes: skips the update of a step whose loss or gradient norm is far above the recent ones."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 WINDOW = 128
-"""Steps that a step is compared with."""
+"""Number of recent steps with which a step is compared."""
 
 FEWEST = WINDOW // 2
-"""Steps that must be known before one is skipped."""
+"""Number of steps that must be known before one is skipped."""
 
 Recent = dict[str, Array]
-"""Loss and gradient norm of the last steps, infinite where there was none, and how many steps were skipped so far."""
+"""Loss and gradient norm of the last steps, infinite where unknown, and the number of steps skipped so far."""
 
 
 def none_yet() -> Recent:
-    """Before the first step."""
+    """The value before the first step."""
     unknown = jnp.full(WINDOW, jnp.inf, jnp.float32)  # NaN would stop runs under jax_debug_nans
     return {"loss": unknown, "grad_norm": unknown + 0, "skipped": jnp.zeros((), jnp.int32)}
 
 
 def is_spike(recent: Recent, sigma: float, **measured: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether a measured value is above the mean of the recent ones by more than sigma standard deviations."""
+    """Whether a measured value exceeds the mean of the recent ones by more than sigma standard deviations."""
     found = jnp.zeros((), bool)
     for name, value in measured.items():
         known = jnp.isfinite(recent[name])
@@ -32,11 +32,11 @@ def is_spike(recent: Recent, sigma: float, **measured: Float[Array, ""]) -> Bool
 def with_step(
     recent: Recent, step: Int[Array, ""], spike: Bool[Array, ""], ok: Bool[Array, ""], **measured: Float[Array, ""]
 ) -> Recent:
-    """The recent steps with one more, in the place of the oldest; as they were where ok is false.
+    """Replaces the oldest of the recent steps by a new one; unchanged if ok is false.
 
-    A spike is among them, so that a loss that stays higher is soon no spike any more.
+    Spikes are included, so that a loss that stays higher soon stops being one.
     """
-    place = jnp.where(ok, step % WINDOW, WINDOW)  # one place too far is not written
+    place = jnp.where(ok, step % WINDOW, WINDOW)  # an index past the end is not written
     values = {
         name: recent[name].at[place].set(value.astype(jnp.float32), mode="drop") for name, value in measured.items()
     }

@@ -1,4 +1,4 @@
-"""The first state of a run: its newest checkpoint, random parameters, or another run's."""
+"""The first state of a run: its newest checkpoint, random parameters, or those of another run."""
 
 import dataclasses
 import shlex
@@ -27,10 +27,10 @@ from memjax.training.state import OPTIONAL, TrainState, from_items, to_items
 
 
 def check_trainable(config: RunConfig) -> None:
-    """Refuses the folder of a model without a training, before anything is asked of the data.
+    """Refuses the folder of a model without training state, before the data is opened.
 
     Raises:
-        ConfigError: the run's own folder holds a model, not a training.
+        ConfigError: the run's own folder holds a model without training state.
         CheckpointError: its model cannot be read.
     """
     folder = RunFolder.of(config)
@@ -56,12 +56,12 @@ _OF_WHAT_IT_WAS = "train the run that `convert quantize` made it from"
 
 
 def check_start(config: RunConfig) -> None:
-    """Refuses, before anything is written, a start that cannot be made; says which settings of the model change.
+    """Refuses, before anything is written, a run that cannot start; prints which settings of the model change.
 
     Raises:
         ConfigError: shapes differ from those of train.init_from, its tables are read-only, or train.steps is below
-            what the run has reached.
-        CheckpointError: train.init_from names no run that can be read, or no step of the run can be.
+            the step that the run has reached.
+        CheckpointError: train.init_from is not a readable run, or no step of the run itself can be read.
     """
     folder, source = RunFolder.of(config), config.train.init_from
     if _check_own_steps(folder, config) or source is None:
@@ -96,7 +96,7 @@ def _check_own_steps(folder: RunFolder, config: RunConfig) -> bool:
         return False
     unreadable = sorted(set(checkpoints.steps()) - set(checkpoints.readable()))
     if unreadable and checkpoints.latest() is None:
-        # To begin again would bury what may still be repaired.
+        # Starting again would bury what may still be repaired.
         raise CheckpointError(
             f"{folder.checkpoints}: none of the steps {unreadable} can be read, and no other holds all of the state; "
             "repair or remove them, or name another run.dir"
@@ -111,7 +111,7 @@ def _check_own_steps(folder: RunFolder, config: RunConfig) -> bool:
 
 
 def log_schedule_changes(claim: Claim) -> None:
-    """Says what another number of steps does to the learning rates of a resumed run."""
+    """Prints how a changed number of steps changes the learning rates of a resumed run."""
     before, config = claim.before, claim.config
     if before is None or before.train.steps == config.train.steps:
         return
@@ -132,7 +132,7 @@ def log_schedule_changes(claim: Claim) -> None:
 
 
 def first_state(program: TrainProgram, mesh: jax.sharding.Mesh) -> TrainState:
-    """The state before the first step; under the mesh, where every array is on its devices from the beginning.
+    """The state before the first step; call it under the mesh, so that every array is sharded from the start.
 
     Raises:
         CheckpointError: train.init_from cannot be read, or its tables are read-only.
@@ -159,10 +159,10 @@ class SavedState(NamedTuple):
 
 
 def newest_state(program: TrainProgram, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> SavedState | None:
-    """The newest state that can be read; None where nothing complete is saved.
+    """The newest state that can be read; None if no complete checkpoint is saved.
 
     Raises:
-        CheckpointError: nothing that is saved can be read.
+        CheckpointError: none of the saved ones can be read.
     """
     steps, complete = checkpoints.steps(), checkpoints.complete()
     if steps and steps[-1:] != complete[-1:]:
@@ -183,7 +183,7 @@ def newest_state(program: TrainProgram, mesh: jax.sharding.Mesh, checkpoints: Ch
 
 
 def _completed(program: TrainProgram, mesh: jax.sharding.Mesh, state: TrainState) -> TrainState:
-    """The state with what the checkpoint lacks because its setting is new: it begins at this step."""
+    """Adds what the checkpoint lacks because its setting is new; it starts at this step."""
     optim, shardings = program.config.optim, program.shardings(mesh)
     if optim.ema_decay is not None and state.ema is None:
         copied = jax.jit(lambda params: jax.tree.map(jnp.copy, widened(params)), out_shardings=shardings.ema)

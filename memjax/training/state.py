@@ -14,13 +14,13 @@ from memjax.runs.layout import EMA, OPT_STATE, PARAMS, RECENT, TABLE_STATE, TABL
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state between two steps. Donated to the step, which returns the next one in the same memory.
+    """The state between two steps. It is donated to the step, which returns the next one in the same memory.
 
-    The same class holds the state's shapes, or where each array lives, so its leaves are of any type.
+    The same class holds the shapes or shardings of the state, so its leaves can be of any type.
     """
 
     step: Any
-    """Finished steps (int32). A step whose gradient is not a number does not count."""
+    """Number of finished steps (int32). A step with a gradient that is not finite does not count."""
     healthy: Any
     """False once a step was not finite; the state then stays as it was before that step."""
     params: nnx.State
@@ -32,13 +32,13 @@ class TrainState:
     reads: dict[str, Any]
     """Reads of every slot (int32 [num_slots]) since the last statistics, by layer."""
     ema: Any = None
-    """The moving average of the dense parameters, in float32 or wider (`optim.ema_decay`); None where there is none."""
+    """The moving average of the dense parameters, in float32 or wider (`optim.ema_decay`); None if there is none."""
     recent: Any = None
-    """Recent losses and norms (`memjax.training.spikes`); None where no step is skipped (`optim.skip_step_sigma`)."""
+    """Recent losses and norms (`memjax.training.spikes`); None if no steps are skipped (`optim.skip_step_sigma`)."""
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """The checkpoint's items that hold a state."""
+    """The checkpoint items of a state."""
     items = {
         PARAMS: params_to_tree(state.params),
         OPT_STATE: state.opt_state,
@@ -54,7 +54,7 @@ OPTIONAL = (EMA, RECENT)
 
 
 def from_items(parts: DecoderParts, items: dict[str, Any]) -> TrainState:
-    """The state that the items hold."""
+    """The state held by checkpoint items."""
     step = items[TABLE_STATE]["step"]
     return TrainState(
         step=step,

@@ -1,4 +1,4 @@
-"""One training step: gradients, the check that they are finite, both optimizers, metrics."""
+"""One training step: gradients, a check that they are finite, both optimizers, metrics."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,11 +29,11 @@ Metrics = dict[str, Array]
 
 
 def make_train_step(program: TrainProgram, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
-    """The step (state, batch) -> (state, metrics), compiled when it is first called, or ahead by its `lower`.
+    """The step (state, batch) -> (state, metrics), compiled on the first call or ahead of time by its `lower`.
 
     The state is donated. Call it under `jax.set_mesh(mesh)`.
 
-    Batches have the shape [micro-batches, sequences, tokens]. Metrics stay on the device: reading them waits.
+    Batches have the shape [micro-batches, sequences, tokens]. Metrics stay on the device; reading them waits.
     """
     shardings = program.shardings(mesh)
     return jax.jit(
@@ -46,7 +46,7 @@ def make_train_step(program: TrainProgram, mesh: jax.sharding.Mesh) -> jax.stage
 
 
 def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of the step as shapes."""
+    """The shapes of a step's batch."""
     data, count = config.data, config.train.grad_accum_steps
     shape = (count, data.batch_size // count, data.sequence_length)
     integers = ["tokens", "targets", "segments", "positions"] + (["sources"] if data.mixture else [])
@@ -57,13 +57,13 @@ def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
 def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """The step itself, to be traced."""
     num_targets, num_tokens = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
-    # A batch without a target token has the loss 0.
+    # A batch without target tokens has a loss of 0.
     at_least_one = jnp.maximum(num_targets, 1), jnp.maximum(num_tokens, 1)
     found, counts = accumulate_gradients(program, state, batch, *at_least_one)
     aux, dense, dense_tables, not_finite = found.summed
 
-    # Decided before anything is written, so that the last good state is always whole. The norm, which clipping needs
-    # anyway, covers all dense gradients in one pass.
+    # Decided before anything is written, so that the last good state always stays intact. The norm, which clipping
+    # needs anyway, covers all dense gradients in one pass.
     norm = global_norm(dense)
     gradients = clipped(program, state.tables, dense, dense_tables or found.rows, norm)
     table_norm = gradients.table_norm
@@ -133,7 +133,7 @@ def make_usage_report(
 
 
 def _part_metrics(program: TrainProgram, batch: Batch, losses: list[Array]) -> Metrics:
-    """Target tokens and loss of each part of a mixture; not a number for a part of which the batch has nothing."""
+    """Target tokens and loss of each part of a mixture; the loss is NaN for a part that is not in the batch."""
     metrics = {}
     for part, is_of_part, loss in zip(program.config.data.mixture, masks_of_parts(program, batch), losses, strict=True):
         num_targets = jnp.sum(batch["loss_mask"], where=is_of_part)
@@ -143,7 +143,7 @@ def _part_metrics(program: TrainProgram, batch: Batch, losses: list[Array]) -> M
 
 
 def _router_metrics(routers: dict[str, RouterStatistics]) -> Metrics:
-    """How tokens spread over the experts of each layer, and the losses that are to spread them."""
+    """How evenly tokens spread over the experts of each layer, and the losses that encourage it."""
     metrics = {}
     for name, router in routers.items():
         metrics |= {

@@ -1,6 +1,6 @@
-"""Sweep over a grid of settings: one run per combination, each in its own process.
+"""Sweeps over a grid of settings: one run per combination, each in its own process.
 
-Imports no JAX: the runs start it, each with its devices.
+Does not import JAX: each run starts it with its own devices.
 """
 
 import collections
@@ -26,7 +26,7 @@ from memjax.training.interrupt import SAVED, SIGNALS
 _POLL_SECONDS = 0.1
 
 _VALUE = r"(?:\[[^]\[]*\]|\{[^{}]*\}|[^,\[\]{}])+"
-"""One of a list, whose commas inside brackets do not separate."""
+"""One value of a list, in which commas inside brackets do not separate."""
 
 _MEANINGS = {0: "done", 2: "wrong settings", 3: "unusable data", 4: "files", 5: "not a number", 7: "out of memory"}
 
@@ -36,9 +36,9 @@ class Point:
     """One combination of the grid."""
 
     name: str
-    """Name of its folder: lr=0.001,num_keys=64."""
+    """Name of its folder, such as lr=0.001,num_keys=64."""
     arguments: tuple[str, ...]
-    """The settings as words of a command line."""
+    """The settings as command-line arguments."""
 
 
 @dataclasses.dataclass
@@ -79,7 +79,7 @@ def parse_grid(specifications: Sequence[str]) -> dict[str, list[str]]:
 
 
 def points(grid: Mapping[str, Sequence[str]]) -> list[Point]:
-    """All combinations; a setting is called by its last word where no other ends with the same."""
+    """All combinations; a setting is named by its last word, unless another one ends with the same word."""
     ends = collections.Counter(setting.rpartition(".")[2] for setting in grid)
     short = {setting: end if ends[end := setting.rpartition(".")[2]] == 1 else setting for setting in grid}
     found = []
@@ -87,14 +87,14 @@ def points(grid: Mapping[str, Sequence[str]]) -> list[Point]:
         pairs = dict(zip(grid, values, strict=True))
         name = ",".join(f"{short[setting]}={_plain(value)}" for setting, value in pairs.items())
         words = itertools.chain.from_iterable((f"--{setting}", value) for setting, value in pairs.items())
-        if len(name.encode()) > 240:  # with a number and ".log" more than file systems take
+        if len(name.encode()) > 240:  # with a number and ".log", more than file systems allow
             digest = hashlib.sha256(name.encode()).hexdigest()[:12]
             name = f"{name.encode()[:200].decode(errors='ignore')}-{digest}"
         found.append(Point(name, tuple(words)))
     counts = collections.Counter(point.name for point in found)
     numbers = {name: itertools.count(1) for name in counts}
     for place, point in enumerate(found):
-        if counts[point.name] > 1:  # values that differ only in what no folder's name can hold
+        if counts[point.name] > 1:  # values that differ only in characters that folder names cannot contain
             numbered = (f"{point.name}-{number}" for number in numbers[point.name])
             found[place] = dataclasses.replace(point, name=next(name for name in numbered if name not in counts))
     return found
@@ -108,7 +108,7 @@ def _plain(value: str) -> str:
 def unfinished(
     config: pathlib.Path | None, settings: Sequence[str], folder: pathlib.Path, grid: Sequence[Point]
 ) -> list[Point]:
-    """The combinations to train. One that no run could start with is refused before the first one does.
+    """The combinations that still have to be trained. All are checked before the first one starts.
 
     Raises:
         ConfigError: with the problems of all combinations, each once.
@@ -127,7 +127,7 @@ def unfinished(
 
 
 def _is_finished(config: RunConfig) -> bool:
-    """Whether the run has made all of its steps with these settings; one with a mirror may have something to send."""
+    """Whether the run made all of its steps with these settings; one with a mirror may still have something to send."""
     run = pathlib.Path(config.run.dir)
     summary = read_object(run / "summary.json") or {}
     if config.run.mirror is not None or summary.get("steps") != config.train.steps:
@@ -135,7 +135,7 @@ def _is_finished(config: RunConfig) -> bool:
     try:
         return load(RunConfig, run / "config.yaml") == config
     except ConfigError:
-        return False  # its own start says what is wrong
+        return False  # the run itself will report what is wrong
 
 
 class Sweep:
@@ -150,7 +150,7 @@ class Sweep:
         jobs: int,
         mirror: str | None = None,
     ) -> None:
-        """Takes the command of a run without what varies; the output of each run goes to FOLDER/NAME.log.
+        """Takes the command of a run without the settings that vary; each run's output goes to FOLDER/NAME.log.
 
         The mirror of each run is MIRROR/NAME.
         """
@@ -161,8 +161,8 @@ class Sweep:
         self.stopped: int | None = None
 
     def run(self) -> int:
-        """The exit code: 0 when all runs are done, 75 after a signal, else that of the first run that failed."""
-        # What is ignored stays so, as SIGHUP under nohup.
+        """Returns the exit code: 0 if all runs are done, 75 after a signal, else that of the first run that failed."""
+        # Ignored signals stay ignored, such as SIGHUP under nohup.
         caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         handlers = {number: signal.signal(number, self._forward) for number in caught}
         waiting = collections.deque(self.grid)
@@ -196,10 +196,10 @@ class Sweep:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | _devices(slot, self.jobs),
-                start_new_session=True,  # a Ctrl-C comes to the sweep, which hands it on once
+                start_new_session=True,  # only the sweep gets a Ctrl-C, and forwards it once
             )
         self.running.append(_Started(point, process, time.monotonic(), slot))
-        if self.stopped is not None:  # it came while the process was being started
+        if self.stopped is not None:  # the signal arrived while the process was being started
             process.send_signal(self.stopped)
         say(f"[{len(self.codes) + len(self.running)}/{len(self.grid)}] {point.name}: started, output in {log}")
 
@@ -219,7 +219,7 @@ class Sweep:
 
 
 def _devices(slot: int, jobs: int) -> dict[str, str]:
-    """The GPUs of a run, where several run at once on a machine with a list of them."""
+    """The GPUs of a run, if several runs share a machine whose GPUs are listed in CUDA_VISIBLE_DEVICES."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if jobs == 1 or not visible:
         return {}

@@ -36,16 +36,16 @@ from memjax.training.step import make_train_step
 
 
 class Trainer:
-    """One run, from the newest checkpoint (or from nothing) to its last step.
+    """One run, from its newest checkpoint (or from scratch) to its last step.
 
     Attributes:
         program: the model's structure and the optimizers.
-        state: that after the newest step, which the device may still compute. There from `Hook.begin` on; a hook may
-            replace it.
-        first_step: the step that the run went on from; 0 in a new run.
-        last_step: the last step that was given to the device.
+        state: the state after the newest step, which the device may still be computing. Available from `Hook.begin` on;
+            a hook may replace it.
+        first_step: the step from which the run resumed; 0 in a new run.
+        last_step: the last step that was dispatched to the device.
         newest_row: the metrics of the newest step that has been read.
-        compile_seconds: how long the training step compiled.
+        compile_seconds: how long the training step took to compile.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class Trainer:
         record: Callable[[int], None] = lambda step: None,
         hooks: Iterable[Periodic] = (),
     ):
-        """Takes what a run needs.
+        """Sets up the run.
 
         Args:
-            config: the run's.
-            mesh: of the devices; also the ambient one.
-            folder: the run's.
-            dataset: what it reads.
-            interrupt: the signals that end it.
-            record: called with the step that the run resumes from, before the first row.
-            hooks: what the run does besides what its config asks for.
+            config: the run's config.
+            mesh: the device mesh, which must also be the ambient one.
+            folder: the run's folder.
+            dataset: the training and validation data.
+            interrupt: the signals that end the run.
+            record: called with the step from which the run resumes, before the first row.
+            hooks: hooks in addition to those that the config asks for.
         """
         self.config, self.mesh, self.folder, self.dataset, self.interrupt = config, mesh, folder, dataset, interrupt
         self.program = TrainProgram.of(config)
@@ -82,13 +82,13 @@ class Trainer:
         self._in_flight = InFlight(lambda: record(self.first_step))
 
     def run(self) -> TrainState:
-        """Trains to the last step and returns the final state, saved.
+        """Trains to the last step, saves, and returns the final state.
 
-        Whatever the host meets on the way is raised after the steps so far are saved.
+        Errors on the host are raised after the steps so far have been saved.
 
         Raises:
-            NotFinite: a loss or gradient is not a number.
-            Preempted: a signal asked for the end.
+            NotFinite: a loss or gradient is not finite.
+            Preempted: a signal asked the run to stop.
             ConfigError: the first batches have no target token.
             DataError: the data cannot be read.
             CheckpointError: a checkpoint cannot be written or read, or a file of the run cannot be used.
@@ -123,7 +123,7 @@ class Trainer:
                 self.interrupt.exit_code = SAVED
 
     def _train(self, batch: dict[str, jax.Array]) -> None:
-        """The loop, from its first batch to the last step or a signal: batch, step, hooks."""
+        """The loop over batch, step and hooks, until the last step or a signal."""
         first = self.first_step + 1
         for number in range(first, self.config.train.steps + 1):
             if self.must_stop:
@@ -141,7 +141,7 @@ class Trainer:
         """The next batch, on the devices."""
         started = time.monotonic()
         batch = next(self._data)
-        # A batch that comes while a step is still being computed has cost no time.
+        # A batch that arrives while a step is still being computed costs no time.
         self._data_wait = time.monotonic() - started if self._in_flight.is_done else 0.0
         self._first_batches.check(batch, last=self.last_step + 1 == self.config.train.steps)
         accumulate = self.config.train.grad_accum_steps
@@ -149,7 +149,7 @@ class Trainer:
         return put_batch(self.mesh, micro, MICRO_BATCHES)
 
     def _step(self, number: int, batch: dict[str, jax.Array]) -> Step:
-        """Gives a step to the device, which does not wait for it."""
+        """Dispatches a step to the device, without waiting for it."""
         with StepTraceAnnotation("train", step_num=number):
             self.state, metrics = self._train_step(self.state, batch)
         self.last_step = number
@@ -163,18 +163,18 @@ class Trainer:
 
     @property
     def must_stop(self) -> bool:
-        """Whether a signal asks for the end; the same in all processes at the same step."""
+        """Whether a signal asked the run to stop; the same in all processes at the same step."""
         return self._all_must_stop if jax.process_count() > 1 else self.interrupt.name is not None
 
     def model(self) -> Decoder:
-        """The model in its present state, whose arrays the next step overwrites."""
+        """The model in its current state, whose arrays the next step overwrites."""
         return self.program.parts.merge(self.state.params, self.state.tables)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is not training: begins when the steps under way are done, and does not count as their time."""
-        # A step's time is that since the one before was read, which is done while the newest is under way; its line
-        # comes before what is printed in the pause, too.
+        """For work other than training: waits for the steps in flight, and does not count towards their time."""
+        # A step's time starts when the previous one is read, so that one is read before the newest finishes; its
+        # progress line also comes before what is printed in the pause.
         self._read()
         jax.block_until_ready(self.state.step)
         with self._in_flight.stopwatch.paused():
@@ -182,34 +182,34 @@ class Trainer:
 
     @property
     def num_in_flight(self) -> int:
-        """Steps whose rows the hooks do not have yet."""
+        """Number of steps whose rows have not been passed to the hooks yet."""
         return len(self._in_flight)
 
     def finish_steps(self) -> None:
-        """Waits for the steps under way, and hands their rows to the hooks."""
+        """Waits for the steps in flight, and passes their rows to the hooks."""
         self._read(keep=0)
 
     def add_late_metrics(self, step: int, metrics: Row) -> None:
-        """Adds metrics to a row that is written already."""
+        """Adds metrics to a row that has already been written."""
         for periodic in self.hooks:
             periodic.hook.on_late_metrics(self, step, metrics)
 
     def check_saves(self) -> None:
-        """Looks after the save in the background.
+        """Checks on the save in the background.
 
         Raises:
-            CheckpointError: it failed.
+            CheckpointError: the save failed.
         """
         self.checkpoints.check()
         if self.interrupt.exit_code != SAVED and self.checkpoints.latest() is not None:
             self.interrupt.exit_code = SAVED
 
     def save(self, *, without_tables: bool = False, despite_hooks: bool = False) -> None:
-        """Saves the state with the data's position after its last step. Every row up to it is written before.
+        """Saves the state and the position in the data after its last step; all rows up to it are written first.
 
         Args:
-            without_tables: save a partial checkpoint.
-            despite_hooks: warn of a hook whose `state` raises, and leave it out.
+            without_tables: saves a partial checkpoint.
+            despite_hooks: if the `state` of a hook raises, warns and leaves it out.
         """
         self.finish_steps()
         step = int(self.state.step)
@@ -230,7 +230,7 @@ class Trainer:
         self.checkpoints.save(step, items, documents, loss=loss, partial=without_tables)
 
     def _begin(self) -> None:
-        """Takes up the newest state that can be read, or the first one, with the data and the hooks where they were."""
+        """Restores the newest readable state with the data's position and the hooks, or creates the first state."""
         self.check_saves()
         found = newest_state(self.program, self.mesh, self.checkpoints)
         if found is None:
@@ -246,7 +246,7 @@ class Trainer:
         say(f"resumed from step {self.first_step}")
 
     def _compile(self, batch: dict[str, jax.Array]) -> None:
-        """Compiles the step ahead of its first call, and starts the stopwatch: what came before was not training."""
+        """Compiles the step ahead of its first call, and restarts the stopwatch: time before this was not training."""
         started = time.monotonic()
         log_phase("compiling the training step")
         self.interrupt.rearm()
@@ -257,9 +257,9 @@ class Trainer:
         self._data_wait = 0.0
 
     def _read(self, *, keep: int = IN_FLIGHT) -> None:
-        """Hands the rows of steps to the hooks until that many steps are in flight; all get a row, even if one raises.
+        """Passes rows to the hooks until `keep` steps are in flight; all hooks get a row, even if one of them raises.
 
-        What a row says may end the run, so several processes read each at the same point, however fast they are.
+        A row may end the run, so all processes read each row at the same point, however fast they are.
         """
         for step, row in self._in_flight.finished(keep=keep):
             self._all_must_stop |= bool(row.pop("must_stop", False))

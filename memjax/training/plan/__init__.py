@@ -1,1 +1,1 @@
-"""Plan a run before it starts: memory, communication, settings that fit."""
+"""Plans a run before it starts: memory, communication, settings that fit."""

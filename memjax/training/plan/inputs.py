@@ -1,4 +1,4 @@
-"""Describe the files that a run will read, for the dry run."""
+"""Describes the files that a run would read, for the dry run."""
 
 import pathlib
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ _NOT_READ = "not looked into; the run fetches it to this machine"
 
 
 def describe(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Rows on each part of the data, once its first record was read, and on a tokenizer that is not trained.
+    """Rows about each part of the data, after reading its first record, and about a tokenizer that is not trained.
 
-    What a run would first copy to this machine is only named.
+    Data that a run would first copy to this machine is only named.
 
     Raises:
         ConfigError: the tokenizer has more tokens than the model has embeddings.

@@ -1,17 +1,17 @@
-"""Predict the memory that a training step needs per device, from shapes alone.
+"""Predicts the memory that a training step needs per device, from shapes alone.
 
-The number means: bytes in use at the fullest moment of a step, all devices being alike. It is state, which lives from
-step to step, plus what the fullest of three moments holds: the end of the forward pass (all that is kept for the
-backward pass, and logits), the end of the backward pass (all gradients, and one block at work), the update of the
-tables. GPUs are meant: what is counted was compared with the buffers of steps that XLA compiled for one. On a CPU, XLA
-fuses and schedules otherwise, and a step takes up to three times as much besides its state.
+The prediction is of the bytes in use at the peak of a step, which is the same on all devices. It is the state, which
+lives from step to step, plus the largest of three moments: the end of the forward pass (all that is kept for the
+backward pass, and logits), the end of the backward pass (all gradients, and the activations of one block), and the
+update of the tables. It is meant for GPUs: it was compared with the buffers of steps that XLA compiled for one. On a
+CPU, XLA fuses and schedules differently, and a step takes up to three times as much in addition to its state.
 
-XLA can also plan for a GPU that is not there: with the library of jax-cuda13-pjrt alone (no CUDA, no cuDNN),
+XLA can also plan for a GPU that is absent: with only the library of jax-cuda13-pjrt (no CUDA, no cuDNN),
 `get_topology_desc("", "cuda", topology="1x1x1", target_config=...)` of `jax.experimental.topologies` compiled steps for
 an H200 on a CPU (JAX 0.10.2). Two layers of 373m_dense took 22 s on two busy cores and came to 3.43 GB, here 3.39; four
 layers of 373m_memory_plus_1m, in the operations' XLA form and with XLA's fallback for sorting, 48 s and 9.97 GB, here
-9.08. `--dry_run` does not do it: it takes a library of 380 MB and a description of the GPU that JAX does not ship, and
-its kernels are chosen for the device that is there. Where the mesh's accelerators are there, it compiles the step.
+9.08. `--dry_run` does not do so: it would take a library of 380 MB and a description of the GPU that JAX does not ship,
+and kernels are chosen for the device that is present. If the mesh's accelerators are present, it compiles the step.
 """
 
 import dataclasses
@@ -35,23 +35,23 @@ from memjax.training.plan.row_grad_reduce import PlannedReduce, plan_reduce
 from memjax.training.program import TrainProgram
 
 _GAPS = 0.06
-"""Fragmentation between the buffers of a compiled step, as a share of the temporary bytes: 0 to 0.11 was seen."""
+"""Gaps between the buffers of a compiled step, as a share of the temporary bytes; 0 to 0.11 was observed."""
 
 _SEARCH_BYTES = 1 << 28
-"""Half scores of the chunk of tokens that searches, forward and backward."""
+"""Bytes of half scores of one chunk of tokens in the search, forward and backward."""
 
 Bytes = dict[str, int]
-"""Bytes by what they are for."""
+"""Bytes by purpose."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes on each device at the fullest moment of a step."""
+    """Bytes per device at the peak of a step."""
 
     state: Bytes
     """Bytes that live from step to step."""
     moment: str
-    """The fullest moment."""
+    """The moment of the peak."""
     temporary: Bytes
     """Bytes that live only at that moment."""
 
@@ -61,10 +61,10 @@ class Plan:
 
 
 def plan(config: RunConfig, *, data_axis: int, program: TrainProgram | None = None) -> Plan:
-    """The plan of a run with data_axis devices along `data`; nothing is allocated, and no device needs to be there.
+    """The plan of a run with data_axis devices along `data`; nothing is allocated, and no device is needed.
 
-    The program may be that of a config with another mesh (but for mesh.dense) or batch: the shapes of its state, which
-    take long to find, are the same.
+    The program may be that of a config with another batch or mesh (but the same mesh.dense): the shapes of its state,
+    which take long to compute, are the same.
     """
     return _Planner(config, program or TrainProgram.of(config), data_axis).plan()
 
@@ -77,7 +77,7 @@ def describe(found: Plan) -> str:
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes per device that a compiled step needs: the number that `plan` predicts."""
+    """Bytes per device that a compiled step needs, which `plan` predicts."""
     sizes: Any = compiled.memory_analysis()
     new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + new
@@ -88,7 +88,7 @@ class _Planner:
         self.config, self.program, self.model = config, program, config.model
         self.mesh, self.tensor, self.data_axis = abstract_mesh(config.mesh, data_axis), config.mesh.tensor, data_axis
         self.rows = -(-config.data.batch_size // (config.train.grad_accum_steps * data_axis * config.mesh.memory))
-        """Sequences of a micro-batch on a device."""
+        """Sequences of a micro-batch per device."""
         self.tokens = self.rows * config.data.sequence_length
         self.dtype = resolve_dtype(config.model.dtype)
         self.width = self.dtype.itemsize
@@ -96,16 +96,16 @@ class _Planner:
         self.abstract, self.shardings = program.abstract_state, program.shardings(self.mesh)
         gathered = of_parameters(self.mesh, self.abstract.params, fully_sharded=False)
         self.gathered_bytes = _bytes(self.abstract.params, gathered)
-        """Dense parameters on a device, were they not split over data and memory."""
+        """Bytes of dense parameters per device if they were not sharded over data and memory."""
         params, places = dict(self.abstract.params), dict(gathered)
         blocks = zip(dict(params.pop("blocks")).values(), dict(places.pop("blocks")).values(), strict=True)
         self.block_sizes = [_elements(*block) for block in blocks]
         self.outside = _elements(params, places)
-        """Dense parameters that belong to no block: embedding, last norm, output matrix."""
+        """Number of dense parameters outside the blocks: embedding, last norm, output matrix."""
         self.outside_bytes = _bytes(params, places)
 
     def plan(self) -> Plan:
-        """The fullest of the three moments."""
+        """The plan for the largest of the three moments."""
         kept, working = self.kept(), self.working()
         moments = {
             "the loss": self.copies() | kept | self.accumulated() | self.logits(),
@@ -131,7 +131,8 @@ class _Planner:
     def copies(self) -> Bytes:
         """Gathered copies of parameters, in the type of the activations.
 
-        What is gathered for the blocks lives until the backward pass with remat "none", else while two blocks run.
+        Parameters gathered for the blocks live until the backward pass with remat "none", otherwise while two blocks
+        run.
         """
         if self.is_split:
             is_gathered_again = self.config.train.remat != "none"
@@ -162,11 +163,11 @@ class _Planner:
         }
 
     def working(self) -> int:
-        """The activations of one block whose backward pass is under way."""
+        """The activations of the one block whose backward pass is running."""
         remat = self.config.train.remat != "none"
         mixer = max([self.feed_forward(), self.experts(), *map(self.mixer, self.lookups)])
         again = (self.attention() + mixer) * self.tokens if remat else 0
-        # The cotangents of what is widest in it.
+        # The cotangents of its widest activations.
         expert = self.expert_rows() * self.model.expert_dim
         widest = int(max(2 * self.ffn_dim, 4 * self.model.dim, 2 * expert)) * self.width * self.tokens
         search = min(
@@ -175,9 +176,9 @@ class _Planner:
         return again + widest + self.scores() + self.mask() + search
 
     def attention(self) -> int:
-        """Bytes a token: the stream, its norm, queries, keys, values and output.
+        """Bytes per token: residual stream, its norm, queries, keys, values and output.
 
-        Of the kernel the softmax's sums too; where queries come in chunks, what these need laid out for them.
+        With the fused kernel, also the softmax's sums; with chunks of queries, also their copies of queries and keys.
         """
         extra = self.model.num_heads // self.tensor * self.wide if self.is_fused else self.query_and_keys * self.width
         return (3 * self.model.dim + self.query_and_keys) * self.width + extra + self.kept_scores()
@@ -192,7 +193,7 @@ class _Planner:
 
     @property
     def is_fused(self) -> bool:
-        """Whether attention keeps no scores, as cuDNN's does; GPUs are meant where the type is theirs."""
+        """Whether attention keeps no scores, like cuDNN's; with a 16-bit type, a GPU is assumed."""
         wanted = self.config.attention
         return wanted == "cudnn" or (wanted == "auto" and self.width == 2)
 
@@ -200,33 +201,33 @@ class _Planner:
         return self.tokens * self.config.data.sequence_length * self.model.num_heads // self.tensor * self.wide
 
     def scores(self) -> int:
-        """Bytes of attention scores that exist at once."""
+        """Bytes of attention scores held at once."""
         return 0 if self.is_fused else 2 * min(self.score_bytes(), dot_product.SCORE_BYTES)
 
     def mask(self) -> int:
-        """Bytes of the mask that the kernel takes where rows hold documents, the same in all blocks."""
+        """Bytes of the mask that the kernel needs if rows hold documents; all blocks share it."""
         is_taken = self.is_fused and self.config.data.rows_hold_documents
         return self.tokens * self.config.data.sequence_length * self.width if is_taken else 0
 
     def kept_scores(self) -> int:
-        """Bytes a token of softmax weights that are kept: only where all scores may exist at once."""
+        """Bytes per token of softmax weights that are kept, which is only if all scores may be held at once."""
         if self.is_fused or self.score_bytes() > dot_product.SCORE_BYTES:
             return 0
         return self.score_bytes() // self.tokens
 
     def feed_forward(self) -> int:
-        """Bytes a token: the stream, its norm, both projections and their product."""
+        """Bytes per token: residual stream, its norm, both projections and their product."""
         return (2 * self.model.dim + 3 * self.ffn_dim) * self.width
 
     def expert_rows(self) -> float:
-        """Experts that a token goes through in training, on average."""
+        """Average number of experts that process a token in training."""
         experts = self.model.experts
         if experts is None:
             return 0.0
         return experts.capacity_factor if experts.routing == "expert_choice" else float(experts.top_k)
 
     def experts(self) -> int:
-        """Bytes a token: the stream, its norm, and for each of its experts input, projections, product and output."""
+        """Bytes per token: residual stream, its norm, and for each expert input, projections, product and output."""
         if self.model.experts is None:
             return 0
         rows = self.expert_rows() * (2 * self.model.dim + 3 * self.model.expert_dim)
@@ -239,7 +240,7 @@ class _Planner:
 
     @property
     def lookups(self) -> list[TokenBytes]:
-        """Bytes of each lookup."""
+        """Bytes per token of each lookup."""
         return [
             KINDS[kind].token_bytes(section, self.model.dim, self.width, resolve_dtype(section.table_dtype).itemsize)
             for kind, section in self.model.lookup_sections.items()
@@ -247,11 +248,11 @@ class _Planner:
         ]
 
     def mixer(self, lookup: TokenBytes) -> int:
-        """Bytes a token: the stream, its norm, and the lookup."""
+        """Bytes per token: residual stream, its norm, and the lookup."""
         return 2 * self.model.dim * self.width + lookup.activations + lookup.read
 
     def logits(self) -> Bytes:
-        """Logits of a chunk, their gradient, and that of the output matrix."""
+        """Logits of a chunk, their gradient, and the gradient of the output matrix."""
         vocab, dim = self.model.vocab_size // self.tensor, self.model.dim
         chunks = loss.chunk_count(self.tokens, vocab, self.dtype, 1)
         chunk = -(-self.tokens // min(chunks, self.config.data.sequence_length))
@@ -277,8 +278,9 @@ class _Planner:
         return {"accumulated gradients": self.state()["dense parameters"]} | self.row_gradients()
 
     def row_gradients(self) -> Bytes:
-        """Index and weight of every pick, and the vectors that they multiply, of all micro-batches; or of one, and the
-        sum of all.
+        """Index and weight of every pick, and the vectors that they multiply.
+
+        They are those of all micro-batches, or those of one and the sum of all.
         """
         planned = self.collective
         if planned is None:
@@ -295,12 +297,12 @@ class _Planner:
         return {"row gradients": row_bytes, "summed row gradients": summed}
 
     def row_update(self) -> Bytes:
-        """Picks in the order of their rows with the vectors that they multiply, and where they are summed."""
+        """Picks sorted by row with the vectors that they multiply, and the memory in which they are summed."""
         planned = self.collective
         if planned is None:
             return {}
         held = planned.bytes[planned.chosen]
-        # What is summed from micro-batch to micro-batch is counted there.
+        # A sum over micro-batches is already counted in `row_gradients`.
         return {
             "dense row gradient": 0 if planned.sums else held.gradient,
             "sorted picks": held.picks,
@@ -308,7 +310,7 @@ class _Planner:
         }
 
     def squares(self) -> int:
-        """Sums of squares of the rows' gradients, from which their norm comes."""
+        """Bytes of the sums of squares of the rows' gradients, from which their norm is computed."""
         shards = self.config.mesh.memory
         return sum(
             table.num_slots
@@ -319,7 +321,7 @@ class _Planner:
 
     @functools.cached_property
     def collective(self) -> PlannedReduce | None:
-        """How row gradients are summed, and cross `data`."""
+        """How row gradients are summed and cross the `data` axis."""
         return plan_reduce(self.config, data_axis=self.data_axis)
 
     @property
@@ -328,12 +330,12 @@ class _Planner:
 
     @property
     def is_split(self) -> bool:
-        """Whether devices that differ in data and memory keep pieces of the dense parameters."""
+        """Whether dense parameters are sharded over data and memory."""
         return self.state()["dense parameters"] < self.gathered_bytes
 
 
 def _bytes(tree: Any, shardings: Any) -> int:
-    """Bytes of arrays given as shapes; those on one device."""
+    """Bytes per device of arrays that are given as shapes."""
     return sum(count * dtype.itemsize for count, dtype in _pieces(tree, shardings))
 
 
@@ -342,6 +344,6 @@ def _elements(tree: Any, shardings: Any) -> int:
 
 
 def _pieces(tree: Any, shardings: Any) -> Iterator[tuple[int, jnp.dtype]]:
-    """Size of each array on one device, in elements, and its type."""
+    """Number of elements of each array on one device, and its type."""
     for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
         yield math.prod(place.shard_shape(leaf.shape)), leaf.dtype

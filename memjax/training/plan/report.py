@@ -10,7 +10,7 @@ from memjax.monitoring.units import aligned, billions, gigabytes
 from memjax.training.plan.search import Fit
 
 EXAMPLE_DEVICE, EXAMPLE_MFU = "NVIDIA H100", 0.4
-"""On which, and at what share of its peak, the length of a run is given."""
+"""The device, and the share of its peak, for which the duration of a run is estimated."""
 
 
 def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
@@ -44,7 +44,7 @@ def describe(config: RunConfig, parts: DecoderParts, *, data_axis: int) -> str:
 
 
 def describe_fit(config: RunConfig, found: Fit | None, device_bytes: int, devices: int) -> str:
-    """The report of `--dry_run --device_gb`: the settings that fit, what they need, and how long the run would take."""
+    """The report of `--dry_run --device_gb`: settings that fit, what they need, and how long the run would take."""
     asked = f"{devices} x {gigabytes(device_bytes)}"
     if found is None:
         return f"nothing fits on {asked}, not even one sequence at a time: try more devices, or a smaller model"

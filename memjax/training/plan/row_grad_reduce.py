@@ -1,4 +1,4 @@
-"""Predict from the config how row gradients cross the `data` axis."""
+"""Predicts from the config how row gradients cross the `data` axis."""
 
 from typing import NamedTuple
 
@@ -15,16 +15,16 @@ from memjax.ops.row_gradient import RowGradient
 
 
 class PlannedReduce(NamedTuple):
-    """The collective of the table that is read most, and what either way would take of a device."""
+    """The collective of the table that is read most, and the bytes per device of either collective."""
 
     chosen: Collective
     bytes: dict[Collective, ReduceBytes]
     sums: bool
-    """Whether row gradients of micro-batches are summed dense as they come."""
+    """Whether row gradients are summed densely after each micro-batch."""
 
 
 def plan_reduce(config: RunConfig, *, data_axis: int) -> PlannedReduce | None:
-    """The collective of a run over data_axis x mesh.memory devices; None where no rows are updated."""
+    """The collective of a run over data_axis x mesh.memory devices; None if no rows are updated."""
     data, accumulate, tables = config.data, config.train.grad_accum_steps, config.model.tables
     if not tables or config.optim.table.is_dense:
         return None
@@ -43,7 +43,7 @@ def plan_reduce(config: RunConfig, *, data_axis: int) -> PlannedReduce | None:
 
 
 def describe(config: RunConfig, *, data_axis: int) -> str:
-    """The bytes of both collectives, and which one runs; empty where no rows are updated."""
+    """The bytes of both collectives, and which one runs; empty if no rows are updated."""
     planned = plan_reduce(config, data_axis=data_axis)
     if planned is None:
         return ""

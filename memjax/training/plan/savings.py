@@ -1,4 +1,4 @@
-"""Suggest settings that need less memory, and explain an out-of-memory error."""
+"""Suggests settings that need less memory, and explains out-of-memory errors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,16 +14,16 @@ from memjax.training.program import TrainProgram
 
 
 def savings(config: RunConfig, *, data_axis: int) -> list[tuple[str, int]]:
-    """Changes that need fewer bytes per device, and how many fewer; the most useful first."""
+    """Changes of settings that save memory, and the bytes per device that they save, largest first."""
     program = TrainProgram.of(config)
     before = plan(config, data_axis=data_axis, program=program).total
     found = []
     for name, value in _changes(config, data_axis):
         try:
             changed = replaced(config, {name: value})
-        except ValueError:  # not with the other settings
+        except ValueError:  # does not fit the other settings
             continue
-        # Shapes of arrays that live on do not depend on how a batch is cut, and take long to find.
+        # The shapes of the state do not depend on how a batch is split, and take long to compute.
         same = program if name.startswith(("train.", "data.")) else None
         after = plan(changed, data_axis=data_axis, program=same).total
         if after < before:
@@ -37,8 +37,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_out_of_memory(config: RunConfig, *, data_axis: int, limit: int | None) -> str:
-    """The message of an out-of-memory error: the plan, and the three most useful changes. The limit is a device's
-    memory.
+    """The message of an out-of-memory error: the plan, and the three most useful changes.
+
+    `limit` is the memory of a device.
     """
     lines = ["out of memory" + (f": a device has {gigabytes(limit)} for JAX" if limit else ""), ""]
     lines += ["predicted " + describe(plan(config, data_axis=data_axis)), "", "what would need less:"]

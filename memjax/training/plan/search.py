@@ -1,7 +1,7 @@
-"""The settings with which a run fits on devices: mesh, batch, micro-batches and rematerialisation, found by planning.
+"""Finds settings with which a run fits on devices: mesh, batch, micro-batches and rematerialisation.
 
-The batch stays as it is where it can. What is tried first costs the least speed: few devices that share a table, the
-given rematerialisation, large micro-batches.
+The batch is kept if possible. What costs the least speed is tried first: few devices that share a table, the given
+rematerialisation, large micro-batches.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from memjax.training.plan.memory import Plan, plan
 from memjax.training.program import TrainProgram
 
 USABLE = 0.92
-"""Share of a device's memory that a plan may fill: JAX is given 0.95, and plans are a few percent off."""
+"""Share of a device's memory that a plan may fill: JAX gets 0.95, and plans are off by a few percent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +25,17 @@ class Fit:
 
     config: RunConfig
     changes: dict[str, Any]
-    """The settings that differ from those that were asked for, by dotted name."""
+    """The settings that differ from the requested ones, by dotted name."""
     plan: Plan
 
 
 def search(config: RunConfig, *, device_bytes: int, devices: int) -> Fit | None:
-    """The first settings that fit; None if not even one sequence per device does. Types that are `auto` are planned as
-    on GPUs.
+    """The first settings that fit; None if not even one sequence per device does.
+
+    Types that are `auto` are planned as on GPUs.
 
     Raises:
-        ConfigError: the requested mesh cannot be made of that many devices.
+        ConfigError: that many devices cannot form the requested mesh.
     """
     mesh, fixed = config.mesh, (config.mesh.data or 1) * config.mesh.tensor
     if devices % fixed:
@@ -47,10 +48,10 @@ class _Search:
     def __init__(self, config: RunConfig, limit: int, devices: int):
         self.asked, self.limit = config, limit
         self.config = _as_on_gpus(config)
-        # Shapes do not depend on the mesh or on how a batch is cut, and take long to find.
+        # Shapes do not depend on the mesh or on how a batch is split, and take long to compute.
         self.program = TrainProgram.of(self.config)
         self.shards = devices // config.mesh.tensor
-        """Equal parts that the batch is split into."""
+        """Number of equal parts into which the batch is split."""
 
     def run(self) -> Fit | None:
         """Tries batches, then meshes, each with the smallest micro-batch; then makes that as large as fits."""
@@ -71,9 +72,9 @@ class _Search:
         return None
 
     def _batches(self) -> Iterator[int]:
-        """The batch, or the next smaller one that can be shared evenly, halved until there is one for each shard.
+        """The batch, or the next smaller one that splits evenly, halved until there is one sequence per shard.
 
-        A batch of fewer sequences than there are shards grows to one for each.
+        A batch of fewer sequences than shards grows to one per shard.
         """
         each = max(1, self.config.data.batch_size // self.shards)
         while each:
@@ -81,7 +82,7 @@ class _Search:
             each //= 2
 
     def _meshes(self) -> Iterator[dict[str, Any]]:
-        """The mesh that was asked for; or tables on each device alone, then shared by more and more of them."""
+        """The requested mesh; otherwise tables on each device alone, then shared by more and more devices."""
         mesh, lookups = self.config.mesh, self.config.model.lookups
         for memory in _divisors(self.shards) if lookups else [1]:
             data = self.shards // memory
@@ -89,7 +90,7 @@ class _Search:
                 yield {"mesh.data": data, "mesh.memory": memory}
 
     def _largest_micro_batch(self, found: Fit) -> Fit:
-        """The first that fits of ever more micro-batches."""
+        """The first number of micro-batches that fits, starting from one."""
         for steps in _divisors(found.config.data.batch_size // self.shards):
             if larger := self._fits(found.changes | {"train.grad_accum_steps": steps}):
                 found = larger
@@ -99,13 +100,13 @@ class _Search:
     def _fits(self, changes: dict[str, Any]) -> Fit | None:
         try:
             config = replaced(self.config, changes)
-        except ValueError:  # not together
+        except ValueError:  # these changes do not fit together
             return None
         made = plan(config, data_axis=changes["mesh.data"], program=self.program)
         return Fit(config, changes, made) if made.total <= self.limit else None
 
     def _named(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """The changes that are some, without those that a run finds by itself."""
+        """The actual changes, without those that a run derives by itself."""
         found = {name: value for name, value in changes.items() if operator.attrgetter(name)(self.asked) != value}
         if self.asked.mesh.data is None:
             found.pop("mesh.data", None)
