@@ -1,4 +1,4 @@
-"""Runs that are compared: what each wrote, the settings in which they differ, and a table of where each ended."""
+"""Runs that are compared: their metrics, the settings in which they differ, and a table of their results."""
 
 import dataclasses
 import math
@@ -23,11 +23,11 @@ Values = NDArray[np.float64]
 
 _AXIS_METRICS = {"tokens": "train/tokens", "seconds": "throughput/step_seconds"}
 _PARTS = 50
-"""Into which the longest run is cut to find how many steps are averaged."""
+"""Number of parts of the longest run, each as long as the smoothing window."""
 
 _NOT_COMPARED = ("run.dir", "run.compile_cache", "log.", "processes.", "data.prepared")
 _MOST_SETTINGS = 6
-"""Most differing settings that a table shows."""
+"""Maximum number of differing settings that a table shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Run:
     name: str
     rows: list[Row]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """By their dotted names."""
+    """Settings, by dotted name."""
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Report of a finished run."""
+    """The summary of a finished run; empty before."""
 
     def values(self, metric: str) -> Values:
-        """A metric at every step; NaN where it was not measured, or was no number."""
+        """A metric at every step; NaN where it was not measured, or was not finite."""
         return np.array([np.nan if row.get(metric) is None else row[metric] for row in self.rows], np.float64)
 
     def slot_share(self, field: str) -> Values:
@@ -64,17 +64,17 @@ class Run:
         return float(value) if isinstance(value, int | float) else math.nan
 
     def along(self, axis: Axis) -> Values:
-        """Coordinate of each row on the horizontal axis."""
+        """Each row's coordinate on the horizontal axis."""
         if axis == "step":
             return self.values("step")
         return np.nancumsum(self.values(_AXIS_METRICS[axis]))
 
 
 def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
-    """The runs of some folders, each named by the shortest suffix of its path that is unique.
+    """The runs in the given folders, each named by the shortest unique suffix of its path.
 
     Raises:
-        DataError: a folder holds no metrics.
+        DataError: a folder has no metrics.
     """
     paths = {folder.resolve(): folder for folder in folders}
     runs = []
@@ -92,7 +92,7 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
 
 
 def _settings(path: pathlib.Path) -> dict[str, Any]:
-    """The settings of a run; empty if its file is damaged or of another version, since metrics do not depend on it."""
+    """The settings of a run; empty if the file is damaged or of another version, since its metrics are still useful."""
     try:
         tree = dataclasses.asdict(load(RunConfig, path))
     except ConfigError:
@@ -109,16 +109,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def varying(runs: Sequence[Run]) -> list[str]:
-    """The settings in which the runs differ, without those of where a run lives and what it logs."""
+    """The settings in which the runs differ, except those about a run's location and logging."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     values = {name: {show(run.settings.get(name)) for run in runs if run.settings} for name in names}
     return [name for name, found in values.items() if len(found) > 1 and not name.startswith(_NOT_COMPARED)]
 
 
 def smoothed(values: Values, window: int) -> Values:
-    """The mean of up to `window` neighbouring values, fewer at the ends; values that are NaN do not count."""
+    """The moving average over `window` neighbouring values, fewer at the ends; NaNs are ignored."""
     known = np.isfinite(values)
-    # window - 1 neighbours, as many before as after, or one more before.
+    # window - 1 neighbours, equally many on both sides, or one more before.
     before, after = window // 2, (window - 1) // 2
     sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(known, values, 0), known))
     places = np.arange(len(values))
@@ -133,9 +133,9 @@ def smoothing_window(runs: Sequence[Run]) -> int:
 
 
 def summary_table(runs: Sequence[Run]) -> list[list[str]]:
-    """A header and a row for every run: what it is, how far it came, and where it ended.
+    """A header and a row for every run: what it is, how far it got, and its results.
 
-    What no run has is left out: settings in which they differ, parameters, arithmetic, answers to questions.
+    Columns that no run has are left out: differing settings, parameters, arithmetic, answers to questions.
     """
     settings = varying(runs)[:_MOST_SETTINGS]
     fixed = ["steps", "tokens", "loss", "best validation", "tokens/s", "slots read"]
@@ -164,7 +164,7 @@ def summary_table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _of_summary(path: str, form: str) -> Callable[[Run], str]:
-    """A number of the summary, by the names that lead to it."""
+    """Formats a number of the summary, given its path."""
     return lambda run: _number([run.final(path)], form)
 
 

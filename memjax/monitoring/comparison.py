@@ -1,4 +1,4 @@
-"""Several runs in one picture: loss, throughput and use of the slots, or any metric over a setting."""
+"""Several runs in one picture: loss, throughput and slot usage, or any metric over a setting."""
 
 import html
 import io
@@ -18,12 +18,12 @@ _GREY = "0.35"
 
 
 class Sparse(NamedTuple):
-    """A metric that is measured at some steps: a metric, or a field of the slot statistics."""
+    """A metric that is measured only at some steps, or a field of the slot statistics."""
 
     metric: str
     legend: str
     name: str
-    """In notes."""
+    """Name in notes."""
     line: str
     marker: str
 
@@ -41,7 +41,7 @@ class Panel(NamedTuple):
 
     @property
     def names(self) -> dict[str, str]:
-        """Every metric, and its name in notes."""
+        """Name of every metric in notes."""
         steady = {self.steady: self.title.lower()} if self.steady else {}
         return steady | {one.metric: one.name for one in self.sparse}
 
@@ -67,7 +67,7 @@ PANELS = (
 
 
 def missing(runs: Sequence[Run]) -> list[str]:
-    """Notes on what the picture lacks because runs did not measure it."""
+    """Notes on what the picture lacks, because runs did not measure it."""
     notes = {}
     for metric, name in (item for panel in PANELS for item in panel.names.items()):
         if without := [run.name for run in runs if not is_measured(run, metric)]:
@@ -76,10 +76,11 @@ def missing(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window: int | None = None) -> None:
-    """Writes the picture to a .png, .svg or .pdf file, or to a .html file that needs no other. Means are taken over
-    `window` steps; 1 draws the values alone, None chooses.
+    """Writes the picture to a .png, .svg or .pdf file, or to a self-contained .html file.
+
+    Means are over `window` steps; 1 draws only the values, None chooses a window.
     """
-    # matplotlib takes a second to import; without pyplot, whose state belongs to the caller, as in a notebook.
+    # matplotlib takes a second to import. pyplot is avoided, because its state belongs to the caller, as in a notebook.
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -101,8 +102,9 @@ def draw(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window:
 
 
 def draw_over(runs: Sequence[Run], out: pathlib.Path, *, metric: str, x: str) -> None:
-    """Writes a picture of where a metric ended over a setting or another such number, one point a run. Metric and x are
-    names that `Run.final` takes.
+    """Writes a picture of the final value of a metric over a setting or another number, with one point per run.
+
+    `metric` and `x` are names that `Run.final` accepts.
 
     Raises:
         DataError: fewer than two runs have both.
@@ -138,7 +140,7 @@ def _write(figure: Any, out: pathlib.Path, runs: Sequence[Run], notes: Sequence[
 
 
 def series(run: Run, metric: str) -> Values:
-    """A metric, or a share of the slots by its field, at every step."""
+    """A metric, or a field of the slot statistics, at every step."""
     return run.values(metric) if "/" in metric else run.slot_share(metric)
 
 
@@ -153,7 +155,7 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], colors: Sequence[A
         if panel.steady:
             values = run.values(panel.steady)
             alone = {"alpha": 0.25, "linewidth": 0.8} if window > 1 else {"linewidth": 1.2}
-            # Pixels, because every step as a shape would make large files.
+            # Rasterised, because one vector shape per step would make files large.
             axes.plot(places, values, color=color, rasterized=True, **alone)
             if window > 1:
                 axes.plot(places, smoothed(values, window), color=color, linewidth=1.8)
@@ -180,7 +182,7 @@ def _set_scales(axes: Any, panel: Panel, runs: Sequence[Run], axis: Axis) -> Non
         return
     values = np.concatenate([series(run, metric) for run in runs for metric in panel.names])
     values = values[values > 0]
-    if values.size:  # matplotlib warns of a logarithmic axis without a positive value
+    if values.size:  # matplotlib warns about logarithmic axes without positive values
         axes.set_yscale("log")
         narrow = values.max() < 10 * values.min()
         axes.yaxis.set_major_locator(MaxNLocator(7) if narrow else LogLocator(subs=(1, 2, 5)))
@@ -189,7 +191,7 @@ def _set_scales(axes: Any, panel: Panel, runs: Sequence[Run], axis: Axis) -> Non
 
 
 def _add_legend(axes: Any, panel: Panel, runs: Sequence[Run], window: int) -> None:
-    """Names the kinds of lines, in grey: colors are the runs'."""
+    """Explains the kinds of lines, in grey, because colours stand for runs."""
     from matplotlib.lines import Line2D
 
     grey = lambda **style: Line2D([], [], color=_GREY, **style)
@@ -216,13 +218,13 @@ def _colors(count: int) -> list[Any]:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib takes as it is: no formula, and no name that it hides."""
+    """Escapes text for matplotlib, so that it is neither read as a formula nor hidden as a private name."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
 def page(runs: Sequence[Run], picture: str, notes: Sequence[str]) -> str:
-    """A page with a picture in HTML, the table of the runs and the notes."""
+    """An HTML page with a picture, the table of the runs, and the notes."""
     header, *rows = summary_table(runs)
     escape = lambda cells, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
     body = "\n".join(f"<tr>{escape(row, 'td')}</tr>" for row in rows)

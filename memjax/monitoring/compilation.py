@@ -1,4 +1,4 @@
-"""How long JAX compiles: what a first call waits for, and no later one."""
+"""How long JAX compiles, for which a first call waits but no later one."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import jax.monitoring
 
 _EVENTS = {f"/jax/core/compile/{name}_duration" for name in ("jaxpr_to_mlir_module", "backend_compile")}
-"""Lowering, which compiles Triton kernels, and XLA. Tracing is left out: its events overlap."""
+"""Lowering, which compiles Triton kernels, and XLA. Tracing is left out, because its events overlap."""
 
 
 @contextlib.contextmanager
 def compile_seconds() -> Iterator[Callable[[], float]]:
-    """Gives a function that tells the seconds spent on compiling since the block was entered, by all threads."""
+    """Yields a function that returns the seconds that all threads have compiled since the block was entered."""
     spent = 0.0
 
     def add(event: str, duration_secs: float, **_: str | int) -> None:

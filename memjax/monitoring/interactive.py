@@ -1,4 +1,4 @@
-"""The comparison of runs as a page to move through: values under the pointer, zoom, runs hidden and shown (plotly)."""
+"""The comparison of runs as an interactive page (plotly): values on hover, zoom, and runs that can be hidden."""
 
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ _DASHES = ("dash", "dot")
 
 
 def write(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window: int | None = None) -> None:
-    """Writes the page; it holds plotly's script (5 MB) and loads nothing.
+    """Writes the page, which includes plotly's script (5 MB) and loads nothing.
 
-    Means are taken over `window` steps; None chooses.
+    Means are over `window` steps; None chooses a window.
 
     Raises:
         ConfigError: plotly is not installed.
@@ -59,7 +59,7 @@ def write(runs: Sequence[Run], out: pathlib.Path, *, axis: Axis = "step", window
 
 
 def _curves(panel: Panel, run: Run, window: int) -> Iterator[tuple[str, Values, str]]:
-    """The curves of a run in a panel: what they show, their values and the dash of their lines."""
+    """The curves of a run in a panel: name, values and dash style."""
     if panel.steady is not None and comparison.is_measured(run, panel.steady):
         yield f"mean of {window} steps", smoothed(run.values(panel.steady), window), "solid"
     for sparse, dash in zip(panel.sparse, _DASHES, strict=False):

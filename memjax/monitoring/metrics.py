@@ -1,4 +1,4 @@
-"""One line of JSON for every step of a run: `metrics.jsonl`."""
+"""`metrics.jsonl`: one line of JSON for every step of a run."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from memjax.io.files import read_document, write_atomic
 
 Row = dict[str, Any]
 
-# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets. A device that is not here has no MFU.
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. For other devices, no MFU is reported.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
@@ -26,19 +26,19 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: Any) -> float | None:
-    """Peak of a device in FLOP/s (dense bf16); None where it is not known."""
+    """Peak of a device in FLOP/s (dense bf16); None if unknown."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
 
 
 class MetricsFile:
     """`metrics.jsonl`: exactly one line for every step.
 
-    Lines that cannot be written stay in memory and are tried again with the next ones: a disk that is full for a while
-    costs nothing.
+    Lines that cannot be written stay in memory and are tried again with the next ones, so that nothing is lost if a
+    disk is full for a while.
     """
 
     def __init__(self, path: pathlib.Path, *, last_step: int):
-        """Opens the file to append. Lines after last_step, which will be made again, and damaged ones are left out.
+        """Opens the file for appending. Removes damaged lines and those after last_step, whose steps will be repeated.
 
         Raises:
             OSError: the file cannot be read or replaced.
@@ -46,7 +46,7 @@ class MetricsFile:
         self.path = path
         self._waiting: list[str] = []
         self._written = 0
-        """Bytes of the file that are whole lines."""
+        """Size of the file in bytes, up to the last complete line."""
         self._warned = False
         rows = [row for row in read_metrics(path) if row["step"] <= last_step]
         write_atomic(path, "".join(_line(row) for row in rows))
@@ -54,11 +54,11 @@ class MetricsFile:
         self._open()
 
     def write(self, row: Row) -> None:
-        """Queues a row; values that are not finite become null, which JSON can hold."""
+        """Queues a row; values that are not finite become null, since JSON has no others."""
         self._waiting.append(_line(row))
 
     def amend(self, step: int, more: Row) -> None:
-        """Adds metrics to the row of a step that is in the file already."""
+        """Adds metrics to the row of a step that is already in the file."""
         self.flush()
         rows = [row | more if row["step"] == step else row for row in read_metrics(self.path)]
         try:
@@ -68,7 +68,7 @@ class MetricsFile:
             self._warn(error)
 
     def flush(self) -> None:
-        """Hands the lines to the operating system, so that a killed process loses none; raises nothing."""
+        """Passes the lines to the operating system, so that a killed process loses none; never raises."""
         if not self._waiting:
             return
         data = "".join(self._waiting).encode()
@@ -77,7 +77,7 @@ class MetricsFile:
                 self._open()
             assert self._file is not None
             if self._file.seek(0, os.SEEK_END) > self._written:
-                data = b"\n" + data  # after a part of a line that could not be taken back
+                data = b"\n" + data  # after a partial line that could not be removed
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -91,7 +91,7 @@ class MetricsFile:
             warn(f"{self.path} can be written again; no step is missing")
 
     def close(self) -> None:
-        """Writes what still waits and closes the file; raises nothing."""
+        """Writes the lines that still wait and closes the file; never raises."""
         self.flush()
         if self._waiting:
             warn(f"{self.path} lacks the last {len(self._waiting)} steps")
@@ -109,7 +109,7 @@ class MetricsFile:
         self._written = self._file.seek(0, os.SEEK_END)
 
     def _take_back(self) -> None:
-        """Cuts off the part of the lines that was written, so that they can follow again."""
+        """Truncates what was written of the lines, so that they can be written again."""
         with contextlib.suppress(OSError, ValueError):
             if self._file is not None:
                 self._file.truncate(self._written)
@@ -121,7 +121,7 @@ class MetricsFile:
 
 
 def read_metrics(path: pathlib.Path) -> list[Row]:
-    """The rows of a metrics file, by step, without damaged lines and values; of two of one step the later counts."""
+    """The rows of a metrics file in order of steps, without damaged lines and values; the last row of a step counts."""
     rows: dict[int, Row] = {}
     try:
         lines = read_document(path, None).splitlines()
@@ -129,7 +129,7 @@ def read_metrics(path: pathlib.Path) -> list[Row]:
         return []
     for line in lines:
         try:
-            row = json.loads(line)  # bytes that are no UTF-8 are a ValueError, too
+            row = json.loads(line)  # invalid UTF-8 is a ValueError too
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and type(row.get("step")) is int:
@@ -138,12 +138,12 @@ def read_metrics(path: pathlib.Path) -> list[Row]:
 
 
 def _is_metric(value: Any) -> bool:
-    """Whether a run may have written it: a number that a float can hold, or null."""
+    """Whether a run can have written the value: a float, an integer of 64 bits, or null."""
     return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 WINDOW = "slots/window_steps"
-"""Steps over which the slot statistics of a row count."""
+"""Number of steps that the slot statistics of a row cover."""
 
 
 def has_usage(row: Row) -> bool:
@@ -152,9 +152,9 @@ def has_usage(row: Row) -> bool:
 
 
 def usage_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows with slot statistics that can be compared: over equally many steps, the most common number of them.
+    """The rows with comparable slot statistics: those that cover the most common number of steps.
 
-    Rows written before the number of steps was among them are taken to count since the row before.
+    Old rows, which lack that number, are taken to count from the previous row with statistics.
     """
     found, before = [], 0
     for row in rows:
@@ -169,7 +169,7 @@ def usage_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
-    """All rows, without the slot statistics of those that `usage_rows` leaves out."""
+    """All rows, but without slot statistics in those that `usage_rows` leaves out."""
     kept = {row["step"] for row in usage_rows(rows)}
     usage = lambda name: name.startswith("memory/") or name == WINDOW
     return [

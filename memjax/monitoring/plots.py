@@ -10,9 +10,8 @@ from memjax.monitoring.metrics import Row, comparable
 
 
 def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
-    """loss.png, and slots.png where there is memory: the files that were written."""
-    # matplotlib takes a second to import and is needed only here; without pyplot, whose state is the caller's, as in
-    # a notebook that shows figures.
+    """Writes loss.png and, for models with memory, slots.png; returns the files written."""
+    # matplotlib takes a second to import. pyplot is avoided, because its state belongs to the caller, as in a notebook.
     from matplotlib.figure import Figure
 
     written = []
@@ -28,7 +27,7 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
                 *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, linewidth=1.2
             )
             ends.append((points[-1], label, line.get_color()))
-        # matplotlib warns of a logarithmic axis without a positive value.
+        # matplotlib warns about logarithmic axes without positive values.
         if log and any((row.get(key) or 0) > 0 for row in rows for key in curves):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -54,10 +53,10 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[Any, str, Any]]) -> None:
-    """Writes each curve's name and last value at its end, apart from those of curves that end close to it."""
+    """Writes each curve's name and last value at its end, moving labels apart if curves end close to each other."""
     import numpy as np
 
-    axes.autoscale_view()  # else the limits are still those of an empty picture
+    axes.autoscale_view()  # otherwise the limits are still those of an empty picture
     places = axes.transAxes.inverted().transform(axes.transData.transform([end for end, _, _ in ends]))
     lowest = -np.inf
     for number in np.argsort(places[:, 1], kind="stable"):

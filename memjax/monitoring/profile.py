@@ -1,4 +1,4 @@
-"""What a trace says: the operations that took the most time, and how far collectives overlap with other work."""
+"""Analyses a trace: the operations that took most time, and how far collectives overlap with other work."""
 
 import pathlib
 import re
@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 _NAME_WIDTH = 80
 _NANOSECONDS = 1e-9
 _COLLECTIVES = ("nccl", "allreduce", "allgather", "alltoall", "reducescatter", "collectivepermute")
-"""Parts of the names of kernels that send and receive, in small letters and without underscores."""
+"""Parts of the names of communication kernels, in lower case without underscores and hyphens."""
 
 
 class Operation(NamedTuple):
-    """Total time and uses of one operation."""
+    """Total time and number of uses of one operation."""
 
     name: str
-    """Without the suffix that numbers its uses."""
+    """Name without the suffix that numbers its uses."""
     seconds: float
-    """Over all uses and all devices, without the operations inside it."""
+    """Total over all uses and devices, without the operations nested in it."""
     uses: int
 
 
 def newest_trace(folder: pathlib.Path) -> pathlib.Path:
-    """The newest trace below a folder.
+    """The newest trace in a folder or its subfolders.
 
     Raises:
         FileNotFoundError: there is none.
@@ -36,20 +36,20 @@ def newest_trace(folder: pathlib.Path) -> pathlib.Path:
 
 
 def operations(profile: Any) -> list[Operation]:
-    """The operations of a trace (a `jax.profiler.ProfileData`), the slowest first.
+    """The operations of a trace (a `jax.profiler.ProfileData`), slowest first.
 
-    Of accelerators these are the kernels and copies of their streams; where there is none, what XLA ran on the CPU.
+    For GPUs, these are the kernels and copies in their streams; without accelerators, what XLA ran on the CPU.
     """
     seconds: dict[str, float] = defaultdict(float)
     uses: dict[str, int] = defaultdict(int)
     streams = _lines(profile, "Stream")
-    # Kernels of a stream may overlap, but none holds another; operations of XLA and of threads do.
+    # Kernels of a stream may overlap but are not nested; XLA's operations and those of threads are.
     times = [[(event.name, event.duration) for event in stream] for stream in streams] or [
         _own_times(line) for line in _lines(profile, "XLA Ops") or _cpu_lines(profile)
     ]
     for line in times:
         for name, own in line:
-            # fusion.12 and fusion.13 are one operation in two places.
+            # fusion.12 and fusion.13 count as the same operation.
             name = re.sub(r"(?<=\w)([._]\d+)+$", "", name)
             seconds[name] += own * _NANOSECONDS
             uses[name] += 1
@@ -57,15 +57,15 @@ def operations(profile: Any) -> list[Operation]:
 
 
 class Overlap(NamedTuple):
-    """Seconds of a GPU between its first operation and its last."""
+    """Seconds of a GPU between the start of its first operation and the end of its last."""
 
     span: float
     idle: float
     """Seconds in which nothing ran on any stream."""
     collectives: float
-    """Something was being sent to other devices or received."""
+    """Seconds in which data was being sent to or received from other devices."""
     exposed: float
-    """As `collectives`, while nothing else ran."""
+    """The part of `collectives` in which nothing else ran."""
 
 
 def overlaps(profile: Any) -> dict[str, Overlap]:
@@ -84,14 +84,14 @@ def overlaps(profile: Any) -> dict[str, Overlap]:
 
 
 def describe_overlap(device: str, overlap: Overlap) -> str:
-    """A GPU's overlap as a line of text."""
+    """Formats a GPU's overlap as one line of text."""
     span, idle, collectives, exposed = (f"{seconds * 1e3:,.1f} ms" for seconds in overlap)
     text = f"{device}: {span} from first to last operation, of which idle {idle}"
     return f"{text}, collectives {collectives}, of which nothing else ran {exposed}" if overlap.collectives else text
 
 
 def table(found: list[Operation], top: int) -> str:
-    """The slowest operations as text, each with its share of the time of all."""
+    """Formats the slowest operations as a table, each with its share of the total time."""
     total = sum(operation.seconds for operation in found)
     if not found:
         return "no operation is in the trace"
@@ -111,12 +111,12 @@ def table(found: list[Operation], top: int) -> str:
 class _Event(NamedTuple):
     name: str
     start: float
-    """In nanoseconds, as the duration."""
+    """In nanoseconds, like the duration."""
     duration: float
 
 
 def _lines(profile: Any, prefix: str) -> list[list[_Event]]:
-    """Lines of all accelerators whose name has the prefix: streams of GPUs, or XLA operations of others."""
+    """Lines of all accelerators whose names have the prefix: streams of GPUs, or XLA operations of other devices."""
     return [line for plane in _devices(profile) for line in _lines_of(plane, prefix)]
 
 
@@ -126,13 +126,13 @@ def _devices(profile: Any) -> list[Any]:
 
 
 def is_collective(operation: str) -> bool:
-    """Whether an operation of that name sends and receives."""
+    """Whether an operation of that name communicates."""
     name = operation.lower().replace("_", "").replace("-", "")
     return any(word in name for word in _COLLECTIVES)
 
 
 def _lines_of(plane: Any, prefix: str) -> list[list[_Event]]:
-    """Lines of a plane whose name has the prefix."""
+    """Lines of a plane whose names have the prefix."""
     return [
         [_Event(event.name, event.start_ns, event.duration_ns) for event in line.events]
         for line in plane.lines
@@ -154,7 +154,7 @@ def _cpu_lines(profile: Any) -> list[list[_Event]]:
     plane = profile.find_plane_with_name("/host:CPU")
     found = []
     with warnings.catch_warnings():
-        # Under Python 3.12 the type of `stats` draws a warning, which would end the process if it were an error.
+        # Under Python 3.12, `stats` causes a warning, which would end the process if warnings are errors.
         warnings.simplefilter("ignore", DeprecationWarning)
         for line in plane.lines if plane else []:
             events = [(event, dict(event.stats)) for event in line.events if event.duration_ns]
@@ -163,10 +163,10 @@ def _cpu_lines(profile: Any) -> list[list[_Event]]:
 
 
 def _own_times(events: Iterable[_Event]) -> list[tuple[str, float]]:
-    """Name and time of each event of a line, without that of the events inside it: a loop holds its body's."""
+    """Name of each event of a line, and its time without that of nested events, such as those in the body of a loop."""
     times: list[tuple[str, float]] = []
     open_events: list[tuple[int, float]] = []  # number and end
-    # Of two that begin together the longer one is outside.
+    # Of two events that begin together, the longer one is the outer one.
     for event in sorted(events, key=lambda event: (event.start, -event.duration)):
         while open_events and open_events[-1][1] <= event.start:
             open_events.pop()

@@ -1,4 +1,4 @@
-"""Progress: phases of a start, lines of a training, bars for other long work."""
+"""Progress: phases of a start, lines during training, bars for other long work."""
 
 import time
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ _BEGAN = time.monotonic()
 
 
 def log_phase(what: str) -> None:
-    """Prints what a start is about to do, and when: seconds since the program began."""
+    """Prints what the program is about to do, and the seconds since it began."""
     say(f"{_time_stamp()}{time.monotonic() - _BEGAN:7.1f} s   {what}")
 
 
 def _time_stamp() -> str:
-    """Date and time at the beginning of log lines; empty on an interactive terminal."""
+    """Date and time at the start of log lines; empty on an interactive terminal."""
     return "" if is_live() else time.strftime("%Y-%m-%d %H:%M:%S  ")
 
 
 class Stopwatch:
-    """Seconds of training: what happens while it is paused does not count."""
+    """Measures seconds of training; time while it is paused does not count."""
 
     def __init__(self) -> None:
         self._mark = time.monotonic()
@@ -47,21 +47,21 @@ class Stopwatch:
 
 
 _BAR_COLUMNS = 20
-"""Most columns of the bar."""
+"""Maximum width of the bar, in columns."""
 BAR_SECONDS = 0.2
-"""Seconds between two states of the bar."""
+"""Minimum number of seconds between two states of the bar."""
 _SHOWN_DATA_WAIT = 0.1
 """Progress lines mention waiting for data if a run spends at least this share of its time on it."""
 
 
 class Bar:
-    """The line at the bottom of a terminal: the share that is done, the time left, and the hour of the end."""
+    """The line at the bottom of a terminal: the share done, the time left, and when the work will end."""
 
     def __init__(self) -> None:
         self._drawn = float("-inf")
 
     def draw(self, share: float, text: str, left: float | None) -> None:
-        """Shows a state, where there is a terminal and the one before is old enough; without `left` no end is known."""
+        """Shows a state, on a terminal and if the last one is old enough; `left` is in seconds, None if unknown."""
         now = time.monotonic()
         if not is_live() or (now - self._drawn < BAR_SECONDS and share < 1):
             return
@@ -80,10 +80,10 @@ class Bar:
 
 
 class ProgressLines:
-    """Prints a line for the first step, then one every few seconds: step, loss, rates, speed, time left. A terminal has
-    a bar below them.
+    """Prints a line for the first step, then one every few seconds: step, loss, rates, speed, time left.
 
-    Speed is that since the line before. Time left is that of the steps alone, at their mean speed since the start.
+    On a terminal, there is a bar below the lines. Speed is measured since the previous line. Time left is that of the
+    steps alone, at their mean speed since the start.
     """
 
     def __init__(self, *, first_step: int, steps: int, every_seconds: float):
@@ -95,7 +95,7 @@ class ProgressLines:
         self._since_print: list[Row] = []
 
     def show(self, row: Row) -> None:
-        """Shows the row of a step: prints when it is due, and at the first and the last step."""
+        """Shows the row of a step; prints a line if one is due, and for the first and the last step."""
         now = time.monotonic()
         self._seconds += row["throughput/step_seconds"]
         self._since_print.append(row)
@@ -130,18 +130,18 @@ class ProgressLines:
 
 
 class Progress:
-    """Shows the share that is done, the time left, and what there is to say of it. Use it in a `with`.
+    """Shows the share done, the time left, and a text. Use it as a context manager.
 
-    The time until the first update with something done is not representative, as programs are compiled in it: it says
-    nothing about the time left.
+    The time left does not take into account the time until the first update with something done, which is mostly
+    compilation.
     """
 
     def __init__(self, total: int | float, every_seconds: float):
-        """Takes the total of `update`, and the seconds between two lines where there is no terminal."""
+        """`total` is the final value of `update`; without a terminal, a line is printed every `every_seconds`."""
         self.total, self.every_seconds = max(1, total), every_seconds
         self._started = self._last = time.monotonic()
         self._first: tuple[float, float] | None = None
-        """Moment and value of the first update with something done."""
+        """Time and value of the first update with something done."""
         self._bar = Bar()
 
     def __enter__(self) -> "Progress":
@@ -152,7 +152,7 @@ class Progress:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the work began; never zero."""
+        """Seconds since the work began; always positive."""
         return max(time.monotonic() - self._started, 1e-9)
 
     def update(self, done: int | float, text: str) -> None:

@@ -1,10 +1,10 @@
-"""Numbers with their units, for people, and lists of them."""
+"""Numbers formatted with units for people to read, and lists of them."""
 
 from collections.abc import Iterable
 
 
 def aligned(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, one pair a line."""
+    """Names and values in two columns, one pair per line."""
     return "\n".join(f"{name:<27} {value}" for name, value in rows)
 
 

@@ -1,1 +1,1 @@
-"""Trackers receive metrics besides metrics.jsonl; they can neither stop nor slow a run."""
+"""Trackers receive metrics in addition to metrics.jsonl; they can neither stop nor slow down a run."""

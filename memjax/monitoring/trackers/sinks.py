@@ -18,10 +18,10 @@ _FLUSH_SECONDS = 15
 
 
 class TensorBoard:
-    """An event file. Those of an earlier start stay; TensorBoard hides their steps that this start makes again.
+    """An event file. Those of earlier starts are kept; TensorBoard hides their steps that this start repeats.
 
-    It is written in this thread, because that of the library's `SummaryWriter` ends with a traceback when a disk fills
-    up, and closing then waits for it.
+    It is written in this thread, because the library's `SummaryWriter` has a thread that dies with a traceback when the
+    disk is full, and closing then waits for it.
     """
 
     def __init__(self, folder: pathlib.Path, last_step: int):
@@ -33,14 +33,14 @@ class TensorBoard:
         self._event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
         self._scalar = scalar
         folder.mkdir(parents=True, exist_ok=True)
-        # Two starts within one second, and machines that share a folder, have files of their own.
+        # Two starts within one second, and machines that share a folder, have separate files.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
         self._file, self._due = RecordWriter(str(folder / name)), 0.0
         self._add(0, file_version="brain.Event:2")
         self._add(last_step + 1, session_log={"status": "START"})
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Adds the numbers of a step."""
+        """Adds the metrics of a step."""
         try:
             for name, value in metrics.items():
                 self._add(step, summary=self._scalar(name, value))
@@ -48,13 +48,13 @@ class TensorBoard:
                 self._file.flush()
                 self._due = time.monotonic() + _FLUSH_SECONDS
         except OSError:
-            # What waits would be written, and fail, once more when the object goes.
+            # Otherwise the buffer would be written, and fail, once more when the object is deleted.
             with contextlib.suppress(OSError):
                 self._file.close()
             raise
 
     def close(self) -> None:
-        """Writes what waits, and closes the file."""
+        """Writes the buffer and closes the file."""
         self._file.close()
 
     def _add(self, step: int, **content: Any) -> None:
@@ -62,10 +62,9 @@ class TensorBoard:
 
 
 class Service:
-    """Base of W&B and Trackio: a run with `log` and `finish`, whose steps may only increase.
+    """Base class of W&B and Trackio: a run with `log` and `finish`, whose steps may only increase.
 
-    The last step handed over is kept in the run's folder, so that steps made again after a resumption are not sent
-    twice.
+    The last step sent is kept in the run's folder, so that steps repeated after resuming are not sent twice.
     """
 
     def __init__(self, notes: pathlib.Path):
@@ -74,7 +73,7 @@ class Service:
         self.run: Any = None
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs the numbers of a step, unless an earlier start has."""
+        """Logs the metrics of a step, unless an earlier start did so."""
         if step <= self.notes.get("step", 0):
             return
         self.run.log(metrics, step=step)
@@ -107,7 +106,7 @@ class Wandb(Service):
     def __init__(self, config: RunConfig, settings: WandbConfig, folder: pathlib.Path):
         library = optional_package("wandb", "wandb")
         super().__init__(folder / "wandb.json")
-        if "step" not in self.notes:  # of a start that sent nothing, and may have had other settings
+        if "step" not in self.notes:  # any id is of a start that sent nothing, and may have had other settings
             self.keep(id=uuid.uuid4().hex[:12])
         self.run = library.init(
             project=settings.project,
@@ -117,7 +116,7 @@ class Wandb(Service):
             mode=settings.mode,
             dir=str(folder),
             config=dataclasses.asdict(config),
-            # It would take the whole process's output in hand otherwise.
+            # Otherwise it would capture the output of the whole process.
             settings={"console": "off"},
         )
 
@@ -131,7 +130,7 @@ class Trackio(Service):
         self.run = library.init(
             project=settings.project,
             name=settings.name or folder.resolve().name,
-            # Runs are found again by name alone: only a folder that has begun one may go on with it.
+            # Runs are identified only by name, so only the folder that began one may resume it.
             resume="allow" if self.notes else "never",
             config=dataclasses.asdict(config),
             embed=False,

@@ -1,4 +1,4 @@
-"""The trackers that a config asks for: made at the start of a run, closed at its end."""
+"""The trackers that a config asks for: started at the beginning of a run, closed at its end."""
 
 import pathlib
 import time
@@ -15,8 +15,8 @@ CLOSE_SECONDS = 15.0
 def make_trackers(config: RunConfig, folder: pathlib.Path, *, last_step: int) -> list[Tracker]:
     """The trackers that a config asks for.
 
-    The run resumes from last_step: TensorBoard hides what it has of later steps, and the others do not get these steps
-    again. The folder holds the state that this needs.
+    The run resumes from last_step: TensorBoard hides later steps that it already has, and the other trackers do not get
+    them again. The state that this needs is in the folder.
     """
     log, trackers = config.log, []
     if log.tensorboard:
@@ -29,7 +29,7 @@ def make_trackers(config: RunConfig, folder: pathlib.Path, *, last_step: int) ->
 
 
 def close_trackers(trackers: Iterable[Tracker], seconds: float = CLOSE_SECONDS) -> None:
-    """Hands over what the trackers still have, all at the same time, and waits for it, but not for ever."""
+    """Lets all trackers send what they still have, concurrently, and waits for at most `seconds`."""
     trackers = list(trackers)
     end = time.monotonic() + seconds
     for tracker in trackers:

@@ -1,7 +1,7 @@
-"""Trackers (TensorBoard, Weights & Biases, Trackio) behind a thread each, so that none can stop or slow a run.
+"""Trackers (TensorBoard, Weights & Biases, Trackio), each behind a thread, so that none can stop or slow down a run.
 
-Each has a thread of its own that imports, starts, feeds and ends it; the loop only puts rows of plain numbers into a
-queue. Whatever is raised there is printed once, and the run continues without that tracker.
+A tracker's thread imports, starts, feeds and ends it; the loop only puts rows of plain numbers into a queue. Any error
+in the thread is printed once, and the run continues without that tracker.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ _MOST_WAITING = 100_000
 
 
 class Sink(Protocol):
-    """Destination of a tracker's thread. Any method may raise."""
+    """Where a tracker's thread writes. Any method may raise."""
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes the numbers of a step."""
+        """Writes the metrics of a step."""
         ...
 
     def close(self) -> None:
-        """Hands over what is left."""
+        """Writes what is left."""
         ...
 
 
@@ -36,7 +36,7 @@ class Tracker:
     """A sink behind a thread."""
 
     def __init__(self, name: str, start: Callable[[], Sink]):
-        """Starts the thread, in which `start` makes the sink. `name` is the setting that asks for the tracker."""
+        """Starts the thread, in which `start` creates the sink. `name` is the setting that asks for the tracker."""
         self.name = name
         self._rows: queue.Queue[Row | None] = queue.Queue(_MOST_WAITING)
         self._dropped = False
@@ -45,7 +45,7 @@ class Tracker:
         self._thread.start()
 
     def write(self, row: Row) -> None:
-        """Queues the row of a step; returns at once and raises nothing."""
+        """Queues the row of a step; returns at once and never raises."""
         if self._dropped:
             return
         try:
@@ -54,12 +54,12 @@ class Tracker:
             self._drop(f"it is {_MOST_WAITING} steps behind")
 
     def finish(self) -> None:
-        """Marks the end of the rows; returns at once and raises nothing."""
+        """Marks the end of the rows; returns at once and never raises."""
         with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
 
     def wait(self, seconds: float) -> None:
-        """Waits until everything is handed over, but no longer than that; raises nothing."""
+        """Waits until everything has been written, but at most `seconds`; never raises."""
         self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
             self._drop("it does not finish, so its last steps may be missing")
@@ -69,7 +69,7 @@ class Tracker:
         try:
             sink = start()
             while not self._dropped and (row := self._rows.get()) is not None:
-                # A part of a mixture has no loss in a step without its tokens.
+                # A mixture's part has no loss in a step without tokens of it.
                 is_shown = lambda name, value: name != "step" and value is not None and math.isfinite(value)
                 metrics = {name: value for name, value in row.items() if is_shown(name, value)}
                 sink.write(row["step"], metrics)
@@ -93,10 +93,10 @@ class NotInstalled(Unusable):
 
 
 def optional_package(name: str, install: str) -> ModuleType:
-    """An optional package.
+    """Imports an optional package.
 
     Raises:
-        NotInstalled: it is missing; the message says how to get it.
+        NotInstalled: it is missing; the message says how to install it.
     """
     try:
         return importlib.import_module(name)
