@@ -1,4 +1,4 @@
-"""Benches whose cases run in a process each, so that an out-of-memory is a row and the rest goes on."""
+"""Runs each case of a benchmark in its own process, so that an out-of-memory error is a row and the rest continues."""
 
 import json
 import os
@@ -20,9 +20,9 @@ Row = dict[str, Any]
 
 
 def run(script: str, case: Row, seconds: float, *, xla_flags: str = "") -> tuple[list[Row], Row]:
-    """The rows that a script of this folder makes of a case, in a process of its own, and what it says of the device.
+    """Runs a script of this folder on a case in its own process; returns its rows, and its environment.
 
-    The script is called with the case as JSON and a file for `{"rows": [...], "environment": {...}}`, which it may
+    The script is called with the case as JSON, and a file for `{"rows": [...], "environment": {...}}`, which it may
     write after every row.
     """
     environment = os.environ | {
@@ -44,7 +44,7 @@ def run(script: str, case: Row, seconds: float, *, xla_flags: str = "") -> tuple
 
 
 def read(file: pathlib.Path) -> Row:
-    """A record that was written; empty where there is none."""
+    """A record written earlier; empty if there is none."""
     return json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -58,16 +58,16 @@ def write(
     key: Sequence[str],
     compare: Callable[[list[Row]], None] = lambda rows: None,
 ) -> None:
-    """The record as JSON and as a table; rows of a record that is there already stay, unless they ran again.
+    """Writes the record as JSON and as a table; rows of an existing record are kept unless they were measured again.
 
     Args:
         out: the folder.
-        stem: of the files' names.
-        record: `command`, `rows`, and what is known of the device.
+        stem: of the file names.
+        record: `command`, `rows`, and the environment.
         title: of the table; the device's name follows.
-        columns: of the table; those without a value in any row are left out.
-        key: the columns by which a row is the same as another.
-        compare: adds to rows what they say beside others.
+        columns: of the table; columns without values are omitted.
+        key: the columns that identify a row.
+        compare: adds columns that compare rows.
     """
     file = out / f"{stem}.json"
     old = read(file)

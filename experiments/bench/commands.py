@@ -1,4 +1,4 @@
-"""The real commands as processes of a bench: a corpus for them, how they are started and stopped, what they wrote."""
+"""Runs the real commands as processes for benchmarks: a corpus, starting and stopping, and reading what they wrote."""
 
 import json
 import os
@@ -16,11 +16,11 @@ Row = dict[str, Any]
 
 
 class Failed(Exception):
-    """A command did something else than was asked of it."""
+    """A command did not do what it should."""
 
 
 def write_corpus(file: pathlib.Path, documents: int) -> None:
-    """Texts of few words, whose loss falls within tens of steps."""
+    """Writes texts with a small vocabulary, so that the loss falls within tens of steps."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8))) for _ in range(200)]
     lines = (json.dumps({"text": " ".join(draw.choices(words, k=500))}) for _ in range(documents))
@@ -44,19 +44,19 @@ class Command:
 
     @property
     def output(self) -> str:
-        """What it has printed."""
+        """Its output so far."""
         return self.log.read_text()
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """Seconds since its start."""
         return time.monotonic() - self.started
 
     def end(self, seconds: float) -> int:
-        """Its exit code.
+        """Waits for its exit code.
 
         Raises:
-            Failed: it goes on after so many seconds, and is killed.
+            Failed: it did not end within `seconds`, and was killed.
         """
         try:
             return self.process.wait(seconds)
@@ -66,10 +66,10 @@ class Command:
             self.kill()
 
     def until(self, seen: Callable[[], bool], seconds: float) -> None:
-        """Waits until something is seen.
+        """Waits until `seen` returns true.
 
         Raises:
-            Failed: the command ended before, or it was not seen for so long.
+            Failed: the command ended before, or `seconds` have passed.
         """
         limit = time.monotonic() + seconds
         while not seen():
@@ -80,29 +80,29 @@ class Command:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """Ends it at once, if it has not ended."""
+        """Kills it, unless it has ended."""
         self.process.kill()
         self.process.wait()
 
     def tail(self) -> str:
-        """The end of its output in one line."""
+        """The end of its output as one line."""
         return " ".join(self.output.split())[-400:]
 
 
 def metrics(run: pathlib.Path) -> list[Row]:
-    """The rows that a run has written so far."""
+    """The metrics rows that a run has written so far."""
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def last_step(run: pathlib.Path) -> int:
-    """The last step of a run's rows; 0 where there are none."""
+    """The last step in a run's metrics; 0 without any."""
     return max((row["step"] for row in metrics(run)), default=0)
 
 
 def saved_step(run: pathlib.Path) -> int:
-    """The newest checkpoint of a run that a restart would take; 0 without one."""
+    """The step of the checkpoint from which a run would resume; 0 without one."""
     from memjax.checkpoint import Checkpoints
 
     folder = run / "checkpoints"

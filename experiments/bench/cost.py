@@ -1,11 +1,12 @@
 """What a larger table costs: `python experiments/bench/cost.py [--only PART ...] [--out FOLDER] [--small]`.
 
 Memory+ of one size with 64 k, 1 M and 16 M slots: milliseconds of a training step (`steps`), and milliseconds and
-joules of a token in texts of 512 to 1,500 tokens at batch 1 and 64 (`tokens`), with the dense model and a dense one of
-four times its arithmetic. Joules are those of the whole GPU, by its own counter. `plot` draws the record that is there
-as SVG and PNG, and follows the other parts by itself. The record is written after each part, and keeps rows of others.
+joules per token in texts of 512 to 1,500 tokens at batch 1 and 64 (`tokens`), with the dense model and a dense one of
+four times its arithmetic. Joules are those of the whole GPU, from its own counter. `plot` draws the existing record as
+SVG and PNG; it runs automatically after the other parts. The record is written after each part, and keeps the rows of
+other parts.
 
-With --small (for CPUs, which report no energy) small models run, and the figures say nothing but that it runs.
+With --small (for CPUs, which report no energy), small models only show that everything runs.
 """
 
 import argparse
@@ -28,11 +29,11 @@ COLUMNS = ("part", "model", "slots", "batch", "ms a step", "ms a token", "of den
 COLUMNS += ("FLOPs of dense", "compile s", "note")
 DENSE, DENSE_X4 = "dense", "dense, 4 x the arithmetic"
 KEYS = {"Memory+ 16 M": 4096, "Memory+ 1 M": 1024, "Memory+ 64 k": 256}
-"""Models with a memory, and their keys a half; what matters most comes first."""
+"""Models with a memory, and their keys per half; the most important first."""
 
 
 def cases_of(small: bool) -> dict[str, cases.Row]:
-    """The case of each part that is measured."""
+    """The case of each measured part."""
     preset = lambda name: str(cases.ROOT / f"configs/{name}.yaml")
     shrink, shrink_memory = (SMALL.split(), SMALL_MEMORY.split()) if small else ([], [])
     shared = [*shrink, "--model.param_dtype", "float32" if small else "bfloat16"]
@@ -41,7 +42,7 @@ def cases_of(small: bool) -> dict[str, cases.Row]:
         return {"model": name, "preset": preset(file), "settings": [*shared, *settings]}
 
     dense = model(DENSE, "373m_dense")
-    # 26 blocks of twice the width have 4.04 times the arithmetic of 24, the logits included.
+    # 26 blocks of twice the width have 4.04 times the arithmetic of 24, including the logits.
     wide = ["--model.dim", "256"] if small else ["--model.num_layers", "26"]
     memories = [
         model(name, "373m_memory_plus_1m", *shrink_memory, "--model.memory.num_keys", str(keys // (16 if small else 1)))
@@ -73,7 +74,7 @@ def cases_of(small: bool) -> dict[str, cases.Row]:
 
 
 def compare(rows: list[cases.Row]) -> None:
-    """Sets each model's times and arithmetic against those of the dense one."""
+    """Adds each model's time and arithmetic relative to the dense one."""
     dense = {(row["part"], row.get("batch")): row for row in rows if row.get("model") == DENSE}
     for row in rows:
         base = dense.get((row["part"], row.get("batch")), {})
@@ -83,7 +84,7 @@ def compare(rows: list[cases.Row]) -> None:
 
 
 def plot(rows: list[cases.Row], out: pathlib.Path, stem: str) -> None:
-    """Steps and tokens over the slots, and joules of a token by model; as SVG and PNG."""
+    """Draws times of steps and tokens against slots, and joules per token by model, as SVG and PNG."""
     from matplotlib.figure import Figure
 
     batches = sorted({row["batch"] for row in rows if row.get("batch") and "ms a token" in row})
@@ -111,12 +112,12 @@ def plot(rows: list[cases.Row], out: pathlib.Path, stem: str) -> None:
 
 
 def in_order(row: cases.Row) -> tuple[bool, int]:
-    """Dense, then the memories by their slots, then the larger dense model."""
+    """Sort key: dense, then the memories by slots, then the larger dense model."""
     return row["model"] == DENSE_X4, row["slots"]
 
 
 def over_slots(axes: Any, rows: list[cases.Row], column: str, label: str) -> None:
-    """A column of the models with a memory over their slots, with the dense model's as a line; from zero."""
+    """Plots a column of the memory models against slots, with the dense model as a line; the axis begins at zero."""
     points = sorted((row["slots"], row[column]) for row in rows if row.get("slots") and row.get(column))
     axes.set_title(label, fontsize=10)
     axes.set_xlabel("slots")
@@ -137,7 +138,7 @@ def over_slots(axes: Any, rows: list[cases.Row], column: str, label: str) -> Non
 
 
 def name_of(slots: int) -> str:
-    """A number of slots in short."""
+    """A number of slots in short form."""
     return next((f"{slots >> bits} {unit}" for bits, unit in ((20, "M"), (10, "k")) if slots >> bits), str(slots))
 
 
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="no part begins after this or goes on longer")
     parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     arguments = parser.parse_args()
-    # Where the files go says nothing of the measurement.
+    # The recorded command omits where files go.
     words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
     command = f"python experiments/bench/cost.py {shlex.join(words)}".strip()
     out, started = arguments.out.resolve(), time.monotonic()

@@ -1,7 +1,7 @@
-"""The part `devices` of train_step.py: one device against several, in every layout, and what its rows say together.
+"""The part `devices` of train_step.py: one device against several, in every layout.
 
-Weak scaling: each device has the same tokens, whatever the layout. Of a mesh, `data` and `memory` come first; cases of
-dense blocks also split them over `tensor`. The cases are in the order of their use, for a limited time.
+Weak scaling: each device has the same number of tokens in every layout. Models with a memory use the axes `data` and
+`memory`; dense ones use `data` and `tensor`. The most useful cases come first, as time may be limited.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,31 +13,31 @@ Row = dict[str, Any]
 
 COLUMNS = ("mesh", "tokens/s per GPU", "of one GPU", "of smallest table", "collectives ms", "exposed ms")
 SAME = ("what", "size", "slots", "mesh", "devices")
-"""Of a case, what its row has too."""
+"""Fields of a case that are copied to its row."""
 COMMON = "--model.param_dtype bfloat16 --optim.table.state_columns 128"
-"""Eight devices leave 128 columns of 373m's rows to each."""
+"""On eight devices, each holds 128 columns of 373m's rows."""
 SMALL = "--model.dim 512 --model.num_heads 8 --optim.table.state_columns 64"
-"""Of tiny models, for the same reason."""
+"""Settings of tiny models, for the same reason."""
 
 
 def layouts(count: int) -> list[tuple[int, int]]:
-    """Sizes of `data` and `memory`: columns split, data parallel, then what is between."""
+    """Sizes of `data` and `memory`: columns split, data parallel, then combinations of both."""
     between = [(count // memory, memory) for memory in (2, 4, 8) if 1 < memory < count and count % memory == 0]
     return list(dict.fromkeys([(1, count), (count, 1), *between]))
 
 
 def tensor_layouts(count: int) -> list[tuple[int, int]]:
-    """Sizes of `data` and `tensor`, without a memory."""
+    """Sizes of `data` and `tensor`, for models without a memory."""
     return [(count // tensor, tensor) for tensor in (1, 2, 4, 8) if count % tensor == 0]
 
 
 def cases_of(case: Callable[..., Row], counts: list[int], batch: int, *, small: bool) -> list[Row]:
-    """Every case for these numbers of devices.
+    """All cases for the given numbers of devices.
 
     Args:
-        case: makes one of its name, its preset and its settings, as in train_step.py.
+        case: makes a case from its name, preset and settings, as in train_step.py.
         counts: numbers of devices.
-        batch: sequences a device.
+        batch: sequences per device.
         small: tiny models.
     """
 
@@ -60,7 +60,7 @@ def cases_of(case: Callable[..., Row], counts: list[int], batch: int, *, small: 
             if keys is None:
                 meshes = [{"data": data, "memory": 1, "tensor": tensor} for data, tensor in tensor_layouts(count)]
             else:
-                # With a larger table data parallel sends the same, and every device holds all of it.
+                # Data parallelism sends the same with a larger table, which every device would hold as a whole.
                 meshes = [
                     {"data": data, "memory": memory, "tensor": 1}
                     for data, memory in layouts(count)
@@ -78,7 +78,7 @@ def cases_of(case: Callable[..., Row], counts: list[int], batch: int, *, small: 
 
 
 def compare(rows: list[Row]) -> None:
-    """Adds to rows of this part what they say beside others: beside one device, and beside the smallest table."""
+    """Adds to rows of this part comparisons with one device and with the smallest table."""
     measured = [row for row in rows if row.get("part") == "devices" and "what" in row and "tokens/s" in row]
     model = lambda row: (row["what"], row["size"])
     alone = {(*model(row), row["slots"]): row["tokens/s"] for row in measured if row["devices"] == 1}

@@ -1,4 +1,4 @@
-"""Energy that a GPU uses, by NVIDIA's management library: no package is needed, the driver brings it."""
+"""Measures a GPU's energy with NVIDIA's management library, which comes with the driver."""
 
 import ctypes
 import os
@@ -9,21 +9,21 @@ LIBRARIES = ("libnvidia-ml.so.1", "/usr/local/nvidia/lib64/libnvidia-ml.so.1", "
 
 
 class EnergyMeter:
-    """Joules since some moment, by the GPU's counter or, where that cannot be read, by its power over time.
+    """Joules since an arbitrary time, from the GPU's counter or, if that cannot be read, from its power over time.
 
-    The counter moves every tenth of a second or so, and power is a mean over the last second: only differences over
-    longer spans of steady work mean anything.
+    The counter changes about ten times a second, and power is a mean over the last second: only differences over longer
+    spans of steady work are meaningful.
     """
 
     def __init__(self, library: Any, device: Any):
-        """Reads a device of a library that is initialised."""
+        """Takes the initialised library and a device handle."""
         self._library, self._device = library, device
         self._joules, self._last = 0.0, time.monotonic()
         self.source = "counter" if self._counter() is not None else "power"
 
     @classmethod
     def find(cls) -> "EnergyMeter | None":
-        """A meter of the first visible GPU; None where there is no GPU or neither energy nor power can be read."""
+        """A meter of the first visible GPU; None without a GPU, or if neither energy nor power can be read."""
         library = next(filter(None, map(_load, LIBRARIES)), None)
         if library is None or library.nvmlInit_v2():
             return None
@@ -39,7 +39,7 @@ class EnergyMeter:
         return meter if meter.source == "counter" or meter.watts() is not None else None
 
     def joules(self) -> float:
-        """Joules so far."""
+        """The current reading in joules."""
         counted = self._counter()
         if counted is not None:
             return counted
@@ -49,7 +49,7 @@ class EnergyMeter:
         return self._joules
 
     def watts(self) -> float | None:
-        """The power now, as the library reports it."""
+        """The current power, as reported by the library."""
         milliwatts = ctypes.c_uint()
         failed = self._library.nvmlDeviceGetPowerUsage(self._device, ctypes.byref(milliwatts))
         return None if failed else milliwatts.value / 1e3

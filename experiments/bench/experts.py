@@ -1,10 +1,10 @@
-"""Times the grouped product and a layer of experts: `python experiments/bench/experts.py [--out FOLDER] [--small]`.
+"""Times grouped matrix products and an expert layer: `python experiments/bench/experts.py [--out FOLDER] [--small]`.
 
-Each implementation against one dense product (and one feed-forward layer) of as much arithmetic, forward and with
-gradients, with top-1 and top-2 routing, and with even and skewed groups. A case takes about --seconds at most beside
-its compilation; what cannot run is a row with its reason. The record is written after every case.
+Compares each implementation with one dense product (or feed-forward layer) of equal arithmetic, forward and with
+gradients, with top-1 and top-2 routing, and with even and skewed groups. A case takes at most about --seconds, plus
+compilation; cases that cannot run become rows with the reason. The record is written after every case.
 
-On a CPU, or with --small, the sizes are small and the figures say nothing but that it runs.
+On a CPU, or with --small, the sizes are small and only show that everything runs.
 """
 
 import argparse
@@ -48,20 +48,20 @@ class Bench:
         }
 
     def normal(self, seed: int, *shape: int) -> jax.Array:
-        """Numbers in bfloat16 whose products have about unit size."""
+        """Normal numbers in bfloat16, scaled so that products have about unit variance."""
         scale = shape[-2] ** -0.5 if len(shape) == 3 else 1
         return (scale * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(jnp.bfloat16)
 
     def measure(
         self, case: dict[str, Any], function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], flops: int
     ) -> float | None:
-        """Adds the case with its time, prints it and writes the record; None where it cannot run."""
+        """Times a case, adds and prints its row, and writes the record; returns None if it cannot run."""
         row: dict[str, Any] = dict(case)
         print(f"... {', '.join(map(str, case.values()))}", flush=True)
         ms = None
         try:
             ms = median_within(jax.jit(function), inputs, self.seconds)
-        except Exception as error:  # too little memory, a kernel that does not compile: one more result
+        except Exception as error:  # out of memory, or a kernel that does not compile, is a result
             row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
         else:
             row |= {"ms": ms, "TFLOP/s": flops / ms / 1e9}
@@ -80,7 +80,7 @@ def is_dense_of(row: dict[str, Any], case: dict[str, Any]) -> bool:
 
 
 def median_within(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], seconds: float) -> float:
-    """The median time of a call in milliseconds, with as many calls as fit into the seconds, 150 at most."""
+    """The median time of a call in milliseconds, over as many calls as fit into `seconds`, at most 150."""
     jax.block_until_ready(function(*inputs[0]))
     start = time.perf_counter()
     jax.block_until_ready(function(*inputs[-1]))
@@ -90,7 +90,7 @@ def median_within(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]
 
 
 def group_sizes(load: str, num_rows: int) -> jax.Array:
-    """Even groups, or some in which each has half of the rows that the one before left, and the last none."""
+    """Sizes of even groups, or of skewed ones: each has half of the remaining rows, and the last none."""
     if load == "even":
         return jnp.full((EXPERTS,), num_rows // EXPERTS, jnp.int32)
     sizes = [num_rows >> (number + 1) for number in range(EXPERTS - 1)]
@@ -99,7 +99,7 @@ def group_sizes(load: str, num_rows: int) -> jax.Array:
 
 
 def with_gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """The function's gradients in its first two arguments; the cotangent is its own output."""
+    """The function's gradients with respect to its first two arguments; the cotangent is its own output."""
 
     def run(left: jax.Array, right: jax.Array, *rest: jax.Array) -> Any:
         out, pull = jax.vjp(lambda left, right: function(left, right, *rest), left, right)
@@ -109,7 +109,7 @@ def with_gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def products(bench: Bench, top_k: int) -> None:
-    """One product of all tokens' rows, forward and with both gradients."""
+    """Times one product of all tokens' rows, forward and with both gradients."""
     num_rows = bench.tokens * top_k
     rows = [bench.normal(seed, num_rows, bench.dim) for seed in range(2)]
     matrices = bench.normal(9, EXPERTS, bench.dim, bench.hidden)
@@ -129,7 +129,7 @@ def products(bench: Bench, top_k: int) -> None:
 
 
 def layers(bench: Bench, top_k: int) -> None:
-    """A whole layer, router and sorting with it, against a feed-forward layer on top_k times as many tokens."""
+    """Times a whole layer, including router and sorting, against a feed-forward layer on top_k times the tokens."""
     flops = 3 * 2 * bench.tokens * top_k * bench.dim * bench.hidden
     kwargs: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
 
@@ -152,7 +152,7 @@ def layers(bench: Bench, top_k: int) -> None:
 
 
 def largest_error(bench: Bench) -> float:
-    """Of the fastest implementation, as a share of the largest number, in float64."""
+    """Largest error of the default implementation against float64, relative to the largest number."""
     sizes = group_sizes("skewed", 512)
     rows, matrices = bench.normal(1, 512, bench.dim), bench.normal(2, EXPERTS, bench.dim, bench.hidden)
     got = np.asarray(jax.jit(memjax.grouped_matmul)(rows, matrices, sizes), np.float64)

@@ -1,9 +1,9 @@
-"""Texts of the quick start's model on a CPU, by this code and by older commits: `generate_cpu.py [--rounds 5]`.
+"""Times generation by the quick start's model on a CPU, with this code and older commits: `generate_cpu.py`.
 
-Every commit trains the model for two steps of its own and is then timed in processes that alternate: from the start of
-Python to the loaded model, to the first token of a first text (compiling included), to that of a later one, and 256
-further tokens. Beside the wall clock stands the time of the processors, which other processes disturb less; of each the
-best round counts.
+Every commit trains the model for two steps itself, and is then timed in alternating processes: from the start of Python
+to the loaded model, to the first token of a first text (including compilation), to that of a later text, and for 256
+further tokens. CPU time, which other processes disturb less, is reported beside wall-clock time; the best round of each
+counts.
 """
 
 import argparse
@@ -29,13 +29,13 @@ HIGHER_IS_BETTER = ("tokens/s", "tokens/CPU s")
 
 
 def run(code: pathlib.Path, *command: str) -> None:
-    """A Python program with the memjax of a checkout, on CPUs."""
+    """Runs a Python program on CPUs with the memjax of a checkout."""
     environment = os.environ | {"PYTHONPATH": str(code), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     subprocess.run([sys.executable, *command], env=environment, cwd=code, check=True, stdout=subprocess.DEVNULL)
 
 
 def checkout(commit: str, folder: pathlib.Path) -> pathlib.Path:
-    """The folder, with the files of that commit."""
+    """Extracts the files of a commit into the folder, and returns it."""
     if not folder.exists():
         archive = subprocess.run(["git", "archive", commit], cwd=cases.ROOT, check=True, capture_output=True)
         folder.mkdir(parents=True)
@@ -44,7 +44,7 @@ def checkout(commit: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def measure(codes: dict[str, pathlib.Path], folder: pathlib.Path, rounds: int) -> dict[str, cases.Row]:
-    """The best of every figure by commit."""
+    """The best value of every figure, by commit."""
     for commit, code in codes.items():
         if not (folder / commit / "checkpoints").exists():
             short = ["--train.steps", "2", "--eval.every", "2", "--checkpoint.every", "2"]

@@ -1,6 +1,6 @@
-"""Times a run's loading and its texts with whatever memjax is importable: `generate_cpu_case.py RUN RESULT`.
+"""Times loading a run and generating texts with whichever memjax is importable: `generate_cpu_case.py RUN RESULT`.
 
-generate_cpu.py starts it, also with checkouts of older commits: only what all of them have is used.
+Started by generate_cpu.py, also with older checkouts, so it uses only what all of them have.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ TOKENS = 256
 
 
 def found() -> Callable[..., Iterator[int]]:
-    """`generate`, wherever it is."""
+    """`generate`, from whichever module has it."""
     for module in ("inference.streaming", "inference.engine", "models.generate"):  # the last one before the engine
         with contextlib.suppress(ModuleNotFoundError):
             return importlib.import_module(f"memjax.{module}").generate
@@ -24,13 +24,13 @@ def found() -> Callable[..., Iterator[int]]:
 
 
 def main() -> None:
-    """Writes seconds of the wall clock and of the processors as JSON."""
+    """Writes wall-clock and CPU seconds as JSON."""
     import memjax
 
     generate = found()
 
     def timed() -> tuple[float, float, float, float]:
-        """Seconds to the first token and of all further ones, by both clocks; texts have no end."""
+        """Seconds to the first token and for all further ones, by both clocks; texts do not end early."""
         begun, busy = time.perf_counter(), time.process_time()
         tokens = generate(model, prompt, max_tokens=1 + TOKENS)
         next(tokens)

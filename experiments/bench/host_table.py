@@ -1,7 +1,7 @@
 """Times the bag from tables on the device and in host memory: `python experiments/bench/host_table.py [--small]`.
 
-For 1, 8, 64 and 2,048 tokens, in bfloat16, int8 and int4, beside the bandwidth of a copy on the device and of the link
-to host memory, measured in the same run. On a CPU, or with --small, the sizes say nothing but that it runs.
+For 1, 8, 64 and 2,048 tokens, in bfloat16, int8 and int4, relative to the bandwidth of a copy on the device and of the
+link to host memory, measured in the same run. On a CPU, or with --small, small sizes only show that everything runs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PICKS = 128
 
 
 def link_bandwidth(num_bytes: int) -> float:
-    """Bytes a second from host memory to the device, by JAX's copy of pinned memory where it has such."""
+    """Bytes per second from host memory to the device, by JAX's copy, from pinned memory if available."""
     source = np.ones(num_bytes, np.uint8)
     device = jax.devices()[0]
     if any(memory.kind == "pinned_host" for memory in device.addressable_memories()):

@@ -1,16 +1,16 @@
 """Times generation: `python experiments/bench/inference.py [--only PART ...] [--out FOLDER] [--small]`.
 
-Dense against Memory+ of one size, in bfloat16: the first token of a batch of prompts (prefill, on the host), and the
-milliseconds of each further token, greedy, at several batch sizes and lengths of the prompts: "ms a token" of steady
-decoding, as servers do it, and "streamed ms" from the first token on, at the growing pace of a stream. A model's cases
-of one length run in a process of their own, long prompts last. Where transformers can be imported a Llama of the same
-shape is timed by its `generate`, with its dynamic cache and with its static cache, which it compiles. `tables` are
-16 M slots, and 1 M in other formats and in host memory; the rows are random codes. `attention` times decode attention
-alone, in every implementation and with every tile, and `lookup` what a memory layer does between its matrix products,
-with every tile; they come last, so ask for them by `--only attention lookup`.
-The record is written after every process, and keeps what other runs have put into it.
+Dense against Memory+ of one size, in bfloat16, at several batch sizes and prompt lengths: the time to the first token
+of a batch of prompts (prefill, on the host), and the milliseconds of each further token, greedy: "ms a token" for
+steady decoding, as in servers, and "streamed ms" from the first token on, with the growing chunks of a stream. A
+model's cases of one length run in their own process, long prompts last. If transformers can be imported, the `generate`
+of a Llama of the same shape is timed, with a dynamic and with a (compiled) static cache. `tables` are 16 M slots, and
+1 M in other formats and in host memory, with random rows. `attention` times decode attention alone, with every
+implementation and tile, and `lookup` times what a memory layer does between its matrix products, with every tile; these
+come last, so request them with `--only attention lookup`. The record is written after every process, and keeps the rows
+of other runs.
 
-With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
+With --small (for CPUs), a few small cases only show that everything runs.
 """
 
 import argparse
@@ -55,11 +55,11 @@ TABLES = (
     ("Memory+ 16M, host", 4096, "bfloat16", "host"),
     ("Memory+ 16M, int8, host", 4096, "int8", "host"),
 )
-"""Name, keys a half, row format and place."""
+"""Name, keys per half, row format and place."""
 
 
 def processes(arguments: argparse.Namespace) -> list[tuple[str, str, cases.Row]]:
-    """Parts, scripts and their cases, in the order in which they run: what long prompts cost comes last."""
+    """Parts, scripts and their cases, in the order in which they run; long prompts come last."""
     small = arguments.small
     dense, memory_plus = (
         str(cases.ROOT / f"configs/{arguments.size}_{kind}.yaml") for kind in ("dense", "memory_plus_1m")
@@ -70,7 +70,7 @@ def processes(arguments: argparse.Namespace) -> list[tuple[str, str, cases.Row]]
     names = ("dim", "num_layers", "num_heads", "kv_heads", "ffn_dim", "vocab_size", "rope_theta", "norm_eps")
     shape = {name: getattr(model, name) for name in names}
     lengths = (16,) if small else (512, 4096)
-    # Steady decoding goes in chunks of the longest kind.
+    # Steady decoding uses the longest chunks.
     counts = {"new": 8, "chunk": 4, "rounds": 1} if small else {"new": 96, "chunk": 32, "rounds": arguments.rounds}
 
     def of_length(length: int) -> list[tuple[str, str, cases.Row]]:
@@ -107,7 +107,7 @@ def processes(arguments: argparse.Namespace) -> list[tuple[str, str, cases.Row]]
 
 
 def compare(rows: list[cases.Row]) -> None:
-    """Sets each row's time of a token against that of the dense model, and of the faster form of transformers."""
+    """Adds each row's time per token relative to the dense model, and to the faster cache of transformers."""
     found = {tuple(row.get(name) for name in KEY): row.get("ms a token") for row in rows}
     for row in rows:
         own, size = row.get("ms a token"), (row.get("batch"), row.get("prompt"))
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="no process begins after this or goes on longer")
     parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     arguments = parser.parse_args()
-    # Where the files go says nothing of the measurement.
+    # The recorded command omits where files go.
     words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
     command = f"python experiments/bench/inference.py {shlex.join(words)}".strip()
     arguments.out = arguments.out.resolve()

@@ -1,6 +1,6 @@
-"""Measures generation by one model, or parts of it alone, in a process of its own: `inference_case.py CASE RESULT`.
+"""Measures generation by one model, or parts of it alone, in its own process: `inference_case.py CASE RESULT`.
 
-inference.py starts the processes.
+Started by inference.py.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 
 def measure(model: Decoder, case: Row, batch: int, length: int) -> Row:
-    """The first token of `batch` prompts, and the time of each further one: medians over texts."""
+    """The time to the first token of `batch` prompts, and of each further token: medians over texts."""
     vocab_size = model.config.vocab_size
     engine = Engine(model, num_slots=batch, prefill_rows=batch)
 
@@ -51,7 +51,7 @@ def measure(model: Decoder, case: Row, batch: int, length: int) -> Row:
         engine.insert([Request(prompt_ids=prompt, max_tokens=new) for prompt in prompts])
 
     def steady(seed: int) -> tuple[float, float]:
-        """As a server decodes: chunks of one length, timed once the prompts are in the cache."""
+        """Decodes like a server: chunks of equal length, timed once the prompts are in the cache."""
         started = time.perf_counter()
         insert(seed, 1 + chunk + case["new"])
         engine.step(0)
@@ -63,7 +63,7 @@ def measure(model: Decoder, case: Row, batch: int, length: int) -> Row:
         return first - started, (time.perf_counter() - began) / case["new"]
 
     def streamed(seed: int) -> float:
-        """As a stream is served: from the first token on, one, two, four, ... tokens at a time."""
+        """Decodes like a stream: from the first token on, one, two, four, ... tokens at a time."""
         insert(seed, 1 + case["new"])
         engine.step(0)
         began, pace = time.perf_counter(), Pace()
@@ -101,7 +101,7 @@ def measure(model: Decoder, case: Row, batch: int, length: int) -> Row:
 
 
 def of_engine(case: Row) -> Iterator[Row]:
-    """A row for every batch and length of prompts."""
+    """A row for every batch size and prompt length."""
     config = load(RunConfig, pathlib.Path(case["preset"]), case["settings"]).model
     model = random_model(DecoderParts.of(config), case.get("format"), case.get("place"))
     for batch, length in case["sizes"]:
@@ -109,7 +109,7 @@ def of_engine(case: Row) -> Iterator[Row]:
 
 
 def of_attention(case: Row) -> Iterator[Row]:
-    """Decode attention over caches whose fill is that of the prompts: in every implementation, with every tile."""
+    """Decode attention over caches filled to the prompt length, with every implementation and tile."""
     dtype = jnp.float32 if case["small"] else jnp.bfloat16
     runs: dict[str, Callable[..., Any]] = {
         name: partial(decode_attention, implementation=name) for name in ("triton", "xla")
@@ -128,12 +128,12 @@ def of_attention(case: Row) -> Iterator[Row]:
 
 
 def attention_row(case: Row, batch: int, length: int, attend: Callable[..., Any], dtype: Any) -> Row:
-    """One layer's attention of one token, for a cache of twice the length that is filled to the length."""
+    """One layer's attention for one token, with a cache of twice the length that is half full."""
     keys = jax.random.split(jax.random.key(0), 3)
     cache = [jax.random.normal(key, (batch, case["heads"], 2 * length, case["width"]), dtype) for key in keys[:2]]
     query = jax.random.normal(keys[2], (batch, case["heads"], case["width"]), dtype)
     lengths = jnp.full(batch, length, jnp.int32)
-    # Several calls in one program, as the layers of a model: a single one is no longer than its launch.
+    # Several calls in one program, like the layers of a model: a single call takes no longer than its launch.
     calls = 16
 
     def chain(query: Any, keys: Any, values: Any, lengths: Any) -> Any:
@@ -145,7 +145,7 @@ def attention_row(case: Row, batch: int, length: int, attend: Callable[..., Any]
 
 
 def of_lookup(case: Row) -> Iterator[Row]:
-    """Search, weights and bag of few tokens: the forms that there are, then tiles that might be better."""
+    """Search, weights and bag of few tokens: the existing forms, then tiles that might be better."""
     model = load(RunConfig, pathlib.Path(case["preset"]), case["settings"]).model
     memory, tables = model.memory, [(4096, "bfloat16"), (1024, "bfloat16"), (1024, "int8"), (1024, "int4")]
     assert memory is not None
@@ -163,13 +163,13 @@ def of_lookup(case: Row) -> Iterator[Row]:
 
 
 def lookup_forms(num_keys: int, table_format: str) -> dict[str, dict[str, Row]]:
-    """The form that is taken for few tokens, and that of many; by operation, the fields of its tile."""
+    """The form used for few tokens, and the one for many, as tile fields by operation."""
     sorted_pairs = {"pair_few": {"by_rank": 0, "num_warps": 1}}
     return {"as it is": {}, "pairs sorted": sorted_pairs}
 
 
 def lookup_tiles(num_keys: int, table_format: str) -> dict[str, dict[str, Row]]:
-    """Other tiles: of the search for tables of numbers, of the bag for those in a format."""
+    """Other tiles: of the search for plain tables, of the bag for quantised ones."""
     found: dict[str, dict[str, Row]] = {}
     tried = ((128, 2), (128, 4), (128, 8), (256, 2), (256, 4), (256, 8), (512, 4), (512, 8), (1024, 8))
     for rows, num_warps in tried if table_format == "bfloat16" else ():
@@ -189,7 +189,7 @@ def _select(num_keys: int) -> str:
 def inputs_of_lookup(
     memory: MemoryConfig, width: int, num_keys: int, table_format: str, tokens: int
 ) -> tuple[Any, ...]:
-    """Queries and keys of several layers, too many for the GPU's cache, and a table of zeros: the time is the same."""
+    """Queries and keys of several layers, too many for the GPU's cache, and a table of zeros: values do not matter."""
     layers, half, seeds = 6, memory.key_dim // 2, jax.random.split(jax.random.key(0), 2)
     queries = jax.random.normal(seeds[0], (layers, tokens, memory.num_heads, 2 * half), jnp.bfloat16)
     keys = jax.random.normal(seeds[1], (layers, memory.num_heads, 2, num_keys, half), jnp.bfloat16)
@@ -201,8 +201,8 @@ def inputs_of_lookup(
 
 
 def lookup_row(inputs: tuple[Any, ...], top_k: int, tried: dict[str, Row], rounds: int) -> Row:
-    """Microseconds of a lookup; each one waits for the bag of the one before."""
-    # In a loop the arrays stay where they are, and its body is launched as one graph.
+    """Time of a lookup; each depends on the bag of the one before."""
+    # In a loop, arrays stay in place, and the body is launched as one graph.
     layers, times = len(inputs[0]), 16
 
     def chain(bag: Any, queries: list[Any], keys: list[Any], table: Table) -> Any:
@@ -225,11 +225,11 @@ def lookup_row(inputs: tuple[Any, ...], top_k: int, tried: dict[str, Row], round
 
 
 def main() -> None:
-    """Writes the case's rows as JSON, and prints them, one by one."""
+    """Writes the case's rows as JSON, and prints each."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
     rows: list[Row] = []
     for row in {"engine": of_engine, "attention": of_attention, "lookup": of_lookup}[case["kind"]](case):
-        # After each: what comes next may take too long.
+        # After every row, since the next may take too long.
         rows.append({"model": case["model"]} | row)
         result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
         print({name: value for name, value in rows[-1].items() if name != "profile"}, flush=True)

@@ -1,7 +1,7 @@
 """Times transformers' `generate` on a Llama of a case's shape: `inference_peer.py CASE RESULT`.
 
-Random weights in bfloat16, attention by `scaled_dot_product_attention`, greedy. With the static cache transformers
-compiles the model itself, where there is a GPU. inference.py runs this file where transformers can be imported.
+Random weights in bfloat16, attention by `scaled_dot_product_attention`, greedy. With a static cache, transformers
+compiles the model itself if there is a GPU. Started by inference.py if transformers can be imported.
 """
 
 import json
@@ -16,7 +16,7 @@ import transformers
 
 
 def build(shape: dict[str, Any], device: str, longest: int) -> Any:
-    """A Llama of the shape, whose texts have no end."""
+    """A Llama of the shape, whose texts do not end early."""
     config = transformers.LlamaConfig(
         vocab_size=shape["vocab_size"],
         hidden_size=shape["dim"],
@@ -37,7 +37,7 @@ def build(shape: dict[str, Any], device: str, longest: int) -> Any:
 
 
 def measure(model: Any, case: dict[str, Any], batch: int, length: int, device: str) -> dict[str, Any]:
-    """The first token of `batch` prompts, and the time of each further one: medians over texts."""
+    """The time to the first token of `batch` prompts, and of each further token: medians over texts."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     options = {"do_sample": False} | ({"cache_implementation": "static"} if case["cache"] == "static" else {})
 
@@ -71,7 +71,7 @@ def measure(model: Any, case: dict[str, Any], batch: int, length: int, device: s
 
 
 def main() -> None:
-    """Writes the case's rows as JSON, and prints them, one by one."""
+    """Writes the case's rows as JSON, and prints each."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     longest = max(length for _, length in case["sizes"]) + case["new"] + 1

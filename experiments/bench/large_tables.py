@@ -1,17 +1,17 @@
 """Trains the presets with the largest tables, restores them on other meshes, and reads them from host memory.
 
 `python experiments/bench/large_tables.py --devices 8 [--presets NAME ...] [--runs FOLDER] [--small]`. For each preset,
-by the commands a user has:
+with the commands that a user runs:
 
-train: 50 steps with the tables split over all devices, on texts whose loss falls within them; the peak of the allocator
-beside what the planner says.
-resume: the checkpoint on a mesh that splits the tables over half of the devices, a few steps further, and killed then:
-nothing is saved twice.
-evaluate: bits per byte of a text, with the tables split over all devices, and on one device with them in host memory.
+train: 50 steps with the tables split over all devices, on texts whose loss falls within these steps; compares the
+allocator's peak with the planner's prediction.
+resume: resumes from the checkpoint on a mesh that splits the tables over half of the devices, and is killed after a few
+steps, before it saves again.
+evaluate: bits per byte of a text, with the tables split over all devices, and on one device with tables in host memory.
 
-A checkpoint holds the table (137 and 275 GB in bfloat16) and three times the dense parameters: --runs names a disk, or
-memory such as /dev/shm, that can take one. A stage that succeeded is not done again. With --small (for
-CPUs, with JAX_NUM_CPU_DEVICES) the models are tiny.
+A checkpoint holds the table (137 and 275 GB in bfloat16) and three times the dense parameters: --runs must name a disk,
+or memory such as /dev/shm, with enough space for one. Stages that succeeded are not repeated. With --small (for CPUs,
+with JAX_NUM_CPU_DEVICES), the models are tiny.
 """
 
 import argparse
@@ -48,7 +48,7 @@ SMALL = """
 
 
 class Runner:
-    """The stages of one preset; each returns the row of what it found, or raises Failed."""
+    """The stages of one preset; each returns its row, or raises Failed."""
 
     def __init__(self, preset: str, arguments: argparse.Namespace, deadline: float):
         self.preset, self.arguments, self.deadline = preset, arguments, deadline
@@ -126,7 +126,7 @@ class Runner:
 
 
 def main() -> None:
-    jax.config.update("jax_platforms", "cpu")  # the devices are the commands'
+    jax.config.update("jax_platforms", "cpu")  # the commands use the devices
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=8, help="all devices of the machine, an even number")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))

@@ -1,9 +1,9 @@
-"""Two processes of `jax.distributed` train one model on one machine; one is killed, and both go on.
+"""Trains one model in two `jax.distributed` processes on one machine, kills one of them, and resumes.
 
-`python experiments/bench/lost_process.py --devices 4 [--preset NAME] [--runs FOLDER] [--small]`. Each process drives so
-many GPUs. After a checkpoint the second is killed: the first must end by itself within a minute. Both are started again
-and resume from the newest checkpoint; SIGTERM to the second stops both at one step, saved. With --small (for CPUs) the
-model is tiny; several CPU devices in each process cannot work together, so --devices is 1 there.
+`python experiments/bench/lost_process.py --devices 4 [--preset NAME] [--runs FOLDER] [--small]`. Each process drives
+--devices GPUs. After a checkpoint the second is killed, and the first must end by itself within a minute. Both are
+started again and resume from the newest checkpoint; SIGTERM to the second then stops both at the same saved step. With
+--small (for CPUs) the model is tiny; processes with several CPU devices cannot work together, so --devices must be 1.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ALLOWED = 60
 
 
 def start(arguments: argparse.Namespace, run: pathlib.Path, name: str) -> list[Command]:
-    """Both processes, each with its own devices."""
+    """Starts both processes, each with its own devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,7 +68,7 @@ def lose(arguments: argparse.Namespace, run: pathlib.Path) -> Row:
 
 
 def resume(arguments: argparse.Namespace, run: pathlib.Path, saved: int) -> Row:
-    """Starts both again, lets them make steps, and stops both by a signal to the second."""
+    """Starts both again, lets them train, and stops both by a signal to the second."""
     both = start(arguments, run, "resumed")
     try:
         begun = f"resumed from step {saved}\n"

@@ -1,7 +1,7 @@
-"""Times the four operations and one memory layer: `python experiments/bench/ops.py [--out FOLDER] [--small]`.
+"""Times the memory operations and one memory layer: `python experiments/bench/ops.py [--out FOLDER] [--small]`.
 
-The unit is F: the bag's bytes (tokens x picks x value_dim x itemsize) over the copy bandwidth measured in the same run.
-On a CPU, or with --small, the sizes are small and the figures say nothing but that it runs.
+The unit F is the bag's bytes (tokens x picks x value_dim x itemsize) over the copy bandwidth measured in the same run.
+On a CPU, or with --small, the sizes are small and only show that everything runs.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from timing import DISTRIBUTIONS, draw_indices, median_ms, median_ms_in_place
 
 COLUMNS = ("operation", "shape", "indices", "implementation", "ms", "F", "GB/s", "of copy")
 IN_TABLE = "promise_in_bounds"
-"""Mode of indices, as the layers use it: without the check for those outside the table."""
+"""Index mode that the layers use: without bounds checks."""
 
 
 class Bench:
-    """Sizes, the ceiling and the rows measured so far."""
+    """Sizes, the copy bandwidth, and the rows measured so far."""
 
     def __init__(self, small: bool):
         self.tokens, self.heads, self.top_k = (256, 2, 8) if small else (16384, 4, 32)
@@ -73,7 +73,7 @@ class Bench:
         )(jax.random.key(0))
 
     def picks_of(self, distribution: str, num_rows: int, count: int = 3) -> list[jax.Array]:
-        """Several draws of [tokens, picks] rows."""
+        """Several draws of row indices, [tokens, picks]."""
         return [draw_indices(distribution, num_rows, (self.tokens, self.picks), seed) for seed in range(count)]
 
     def normal(self, seed: int, shape: tuple[int, ...], dtype=jnp.bfloat16) -> jax.Array:
@@ -84,7 +84,7 @@ class Bench:
 
 
 def bag_and_dot(bench: Bench) -> None:
-    """Both gathers over value_dims and index distributions."""
+    """Times both gathers over value_dims and index distributions."""
     slots = bench.num_keys**2
     dims = [bench.dim] if bench.small else [bench.dim, 1536, 256, 768, 48]
     for dim in dims:
@@ -105,7 +105,7 @@ def bag_and_dot(bench: Bench) -> None:
 
 
 def search(bench: Bench) -> None:
-    """The whole search, forward and backward."""
+    """Times the whole search, forward and backward."""
     for num_keys in [bench.num_keys] if bench.small else [bench.num_keys, 4096, 8192]:
         queries = [bench.normal(seed, (bench.tokens, bench.heads, bench.key_dim)) for seed in range(3)]
         keys = bench.normal(9, (bench.heads, 2, num_keys, bench.key_dim // 2))
@@ -125,10 +125,10 @@ def search(bench: Bench) -> None:
 
 
 def row_update(bench: Bench) -> None:
-    """The update over table sizes, distributions, optimizers and layers."""
+    """Times the update over table sizes, distributions, optimizers and layers."""
     slots = bench.num_keys**2
     sizes = [slots] if bench.small else [slots, 65_536, 16_777_216]
-    # The same rows in every table: what is read and written does not change, only the table around it.
+    # The same rows in every table: only the size of the table changes, not what is read and written.
     small_picks = bench.picks_of("uniform", min(sizes))
 
     def measure(label: str, num_rows: int, picks: list[jax.Array], rule: RowRule, layers: int, indices: str, name: str):
@@ -140,7 +140,7 @@ def row_update(bench: Bench) -> None:
         def update(state, step, *gradients):
             return memjax.row_update(*state, list(gradients), rule, row_step(1e-3, step), implementation=name)
 
-        # Made anew for every case: each of these tables may fill the device.
+        # Created anew for every case, as each table may fill the device.
         inputs = []
         for step, index in enumerate(picks):
             gradients = [
@@ -174,7 +174,7 @@ def row_update(bench: Bench) -> None:
 
 
 def layer(bench: Bench) -> None:
-    """One Memory+ layer: forward, backward and the update of its table."""
+    """Times one Memory+ layer: forward, backward and the update of its table."""
     for num_keys in [bench.num_keys] if bench.small else [bench.num_keys, 4096]:
         for name in bench.implementations if num_keys == bench.num_keys else bench.implementations[:1]:
             ms = layer_ms(bench, num_keys, name)
@@ -183,7 +183,7 @@ def layer(bench: Bench) -> None:
 
 
 def layer_ms(bench: Bench, num_keys: int, name: str) -> float:
-    """Milliseconds of a layer by one implementation; its table is gone afterwards."""
+    """Milliseconds of a layer with one implementation; its table is freed afterwards."""
     slots, rule = num_keys**2, RowRule(kind="rowwise_adam", state_columns=min(256, bench.dim))
     model = memjax.MemoryLayer(
         bench.dim,
@@ -215,7 +215,7 @@ def layer_ms(bench: Bench, num_keys: int, name: str) -> float:
         value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
         _, gradient, rows = value_and_grad(params, perturbations, state[0], x, target)
         updated = memjax.row_update(*state, rows["table"], rule, row_step(1e-3, 0), implementation=name)
-        # All of the gradient is asked for, and little of it leaves the device's caches.
+        # Sums make sure that the whole gradient is computed, but write little.
         return updated, jax.tree.map(jnp.sum, gradient)
 
     normal = lambda seed: bench.normal(seed, (bench.tokens, bench.dim))
@@ -225,7 +225,7 @@ def layer_ms(bench: Bench, num_keys: int, name: str) -> float:
 
 
 def checks(bench: Bench) -> dict[str, Any]:
-    """What must be true of the implementation that was timed: exact scores, equal bits in two runs."""
+    """Checks the timed implementation: exact scores, and equal bits in two runs."""
     name, found = bench.implementations[0], {}
     for num_keys in (bench.num_keys, 4 * bench.num_keys):
         queries = bench.normal(1, (64, bench.heads, bench.key_dim))
@@ -269,7 +269,7 @@ def checks(bench: Bench) -> dict[str, Any]:
 
 
 def peers(bench: Bench) -> None:
-    """PyTorch's ways, where it can be imported: for information."""
+    """Times PyTorch's equivalents for information, if it can be imported."""
     try:
         import torch
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Tokens a second that one thread makes batches of, by kind of data and packing: `pipeline.py [--before COMMIT]`.
+"""Tokens per second for which one thread builds batches, by kind of data and packing: `pipeline.py [--before COMMIT]`.
 
-Facts are sentences of about ten tokens, articles many of these; a row has 256 tokens, a batch 128 rows. This code and
-an older commit are timed in processes that alternate; of each the best round counts. The wall clock of `tokens/s`
-depends on how many cores are idle, since the tokenizer runs on all of them; `tokens/CPU s` counts them all.
+Facts are sentences of about ten tokens, and articles consist of many; a row has 256 tokens, a batch 128 rows. This code
+and an older commit are timed in alternating processes, and the best round of each counts. `tokens/s` by the wall clock
+depends on how many cores are idle, since the tokenizer runs on all of them; `tokens/CPU s` counts the time of all.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CLOCKS = ("tokens/s", "tokens/CPU s")
 
 
 def make_data(folder: pathlib.Path, small: bool) -> None:
-    """Facts, articles and a tokenizer."""
+    """Writes facts, articles and a tokenizer."""
     facts = [f"{fact.prompt}{fact.answer}." for fact in statements(BiographiesConfig(num_people=20_000))]
     rng = np.random.default_rng(0)
     sizes = rng.lognormal(4.5, 1.0, 20 if small else 2000).astype(int) + 1

@@ -1,6 +1,6 @@
-"""Times the input pipeline of whatever memjax is importable: `pipeline_case.py FOLDER RESULT SECONDS`.
+"""Times the input pipeline of whichever memjax is importable: `pipeline_case.py FOLDER RESULT SECONDS`.
 
-pipeline.py makes the folder and starts this, also with checkouts of older commits: only what all of them have is used.
+Started by pipeline.py, which makes the folder, also with older checkouts, so it uses only what all of them have.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ LEAST_BATCHES = 4
 
 
 def main() -> None:
-    """Writes tokens a second of the wall clock and of the processors as JSON, by kind of data and packing."""
+    """Writes tokens per second of wall-clock and of CPU time as JSON, by kind of data and packing."""
     folder, result, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3])
     tokenizer = Tokenizer.load(folder)
     prepared = folder / "prepared"
@@ -41,7 +41,7 @@ def main() -> None:
     def batches(name: str, config: DataConfig) -> None:
         for packing in ("none", "concat", "first_fit"):
             dataset = open_dataset(dataclasses.replace(config, packing=packing), tokenizer)
-            data = iter(dataset.train_batches(0, stop=threading.Event()))  # as a training without workers
+            data = iter(dataset.train_batches(0, stop=threading.Event()))  # as in training without workers
             next(data)
             tokens, begun, busy = 0, time.perf_counter(), time.process_time()
             for count in itertools.count(1):

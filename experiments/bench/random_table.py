@@ -1,4 +1,4 @@
-"""Models and tables of random numbers, for timing: in any format, on the device or in host memory."""
+"""Models and tables with random numbers, for timing: in any format, on the device or in host memory."""
 
 import functools
 from typing import Any
@@ -18,9 +18,9 @@ from memjax.runs.tables import TableForm, in_host_memory
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def noise(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    """Numbers from -0.05 to 0.05, or codes from -64 to 63, by mixing the bits of each one's place.
+    """Numbers from -0.05 to 0.05, or codes from -64 to 63, by hashing each element's index.
 
-    One pass over the array: drawing normal numbers takes a table of 34 GB many times as long.
+    A single pass over the array: drawing normal numbers takes many times as long for a table of 34 GB.
     """
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(shape):
@@ -33,7 +33,7 @@ def noise(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
 
 
 def random_table(row_format: RowFormat, place: Place, num_rows: int, width: int) -> Table:
-    """A table of random codes: what they mean does not matter for time."""
+    """A table of random codes, whose meaning does not affect timing."""
     form = TableForm("random", num_rows, width, row_format, place, "bfloat16")
     scales = jnp.full((num_rows, form.groups), 0.01, SCALE_DTYPE) if form.groups else None
     if place == "device":
@@ -47,10 +47,10 @@ def random_table(row_format: RowFormat, place: Place, num_rows: int, width: int)
 
 
 def random_model(parts: DecoderParts, table_format: str | None, place: Place | None) -> Decoder:
-    """A model of random numbers; its tables are in a format and a place, or arrays of their type."""
+    """A model with random numbers; its tables have the given format and place, or are plain arrays."""
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        # Vectors as in a fresh model: with equal biases all tokens would read the same rows.
+        # Vectors as at initialisation: with equal non-zero biases, all tokens would read the same rows.
         if leaf.ndim == 1:
             return jnp.full(leaf.shape, 0 if "bias" in jax.tree_util.keystr(path) else 1, leaf.dtype)
         return noise(leaf.shape, leaf.dtype)

@@ -1,10 +1,10 @@
-"""What a training step sends on many GPUs, and what that costs, on paper: `python experiments/bench/scaling.py`.
+"""Models the communication of a training step on many GPUs, and its cost: `python experiments/bench/scaling.py`.
 
-Bytes come from shapes alone: what each GPU receives over the links of its machine, and what goes through its port of
-the network, for dense parameters, reads and row updates. Time comes from rates that were measured on one and two H200s
-(`results/`); only the network's is a data sheet's (one 400 Gb/s port a GPU). Everything sent is counted as if nothing
-hid it: on two GPUs that is what a step lost, since what is hidden slows down what it hides behind. Latencies, which
-grow with the number of GPUs, are left out. --check sets the model against what was measured.
+Bytes follow from shapes alone: what each GPU receives over the links of its machine and through its network port, for
+dense parameters, reads and row updates. Times use rates measured on one and two H200s (`results/`), except for the
+network, whose rate is from a data sheet (one 400 Gb/s port per GPU). No communication is assumed to be hidden: on two
+GPUs this matches the measured loss, since hidden communication slows down the computation that hides it. Latencies,
+which grow with the number of GPUs, are ignored. --check compares the model with measurements.
 """
 
 import argparse
@@ -38,14 +38,14 @@ from memjax.training.program import TrainProgram
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 MACHINE = 8
-"""GPUs that links join."""
+"""GPUs per machine, connected by links."""
 PORT = 50e9
-"""Bytes a second through a GPU's port of the network: 400 Gb/s."""
+"""Bytes per second through a GPU's network port: 400 Gb/s."""
 GPU_BYTES = 141e9
 SPLIT = "data 1 x memory 2"
-"""The measured mesh that tells the links' rate."""
+"""The measured mesh from which the links' rate is derived."""
 MFU = {"373m, 64 M": 0.36}
-"""Of one GPU where no step was measured, unless 0.4, that of 373m with 1 M slots. With 48 M slots it was 0.359."""
+"""MFU of one GPU if no step was measured; by default 0.4, as for 373m with 1 M slots. With 48 M slots it was 0.359."""
 MODELS = {
     "373m, 1 M": ("373m_memory_plus_1m", ""),
     "373m, 16 M": ("373m_memory_plus_1m", "--model.memory.num_keys 4096"),
@@ -62,12 +62,12 @@ Row = dict[str, Any]
 
 
 class Sent(NamedTuple):
-    """Bytes of one GPU and step."""
+    """Bytes per GPU and step."""
 
     link: float = 0
     """Received over the links of the machine."""
     port: float = 0
-    """Received through the GPU's port of the network."""
+    """Received through the GPU's network port."""
 
     def __add__(self, other: tuple) -> "Sent":
         return Sent(*(one + more for one, more in zip(self, other, strict=True)))
@@ -77,44 +77,45 @@ class Sent(NamedTuple):
 
 
 class Group(NamedTuple):
-    """GPUs that work on a collective together, and how many of them share a machine."""
+    """The GPUs that take part in a collective, and how many of them share a machine."""
 
     size: int
     here: int
 
     def gather(self, total: float) -> Sent:
-        """Of an all-gather that ends with `total` bytes on each GPU, or the reduce-scatter that is its transpose."""
+        """Bytes of an all-gather that ends with `total` bytes on each GPU, or of the transposed reduce-scatter."""
         from_outside = total * (1 - self.here / self.size)
-        # The ports of a machine share what comes from outside.
+        # The ports of a machine share the traffic from outside.
         return Sent(total * (1 - 1 / self.size), from_outside / self.here)
 
     def all_to_all(self, total: float) -> Sent:
-        """Of an all-to-all that leaves each GPU with `total` bytes."""
+        """Bytes of an all-to-all that leaves each GPU with `total` bytes."""
         return Sent(total * (self.here - 1) / self.size, total * (1 - self.here / self.size))
 
 
 class Rates(NamedTuple):
-    """Of one H200."""
+    """Rates of one H200, in bytes per second unless stated otherwise."""
 
     link: float
     port: float
     copy: float
-    """Bytes that its memory reads and writes."""
+    """Bytes that its memory reads and writes per second."""
     pick: float
-    """Seconds of a row update for each pick and column, without and for each row that it writes."""
+    """Seconds of a row update per pick and column."""
     row: float
+    """Additional seconds of a row update per written row and column."""
 
     def seconds(self, sent: Sent) -> float:
-        """Of a collective: the slower of both ways."""
+        """Seconds of a collective: those of the slower path."""
         return max(sent.link / self.link, sent.port / self.port)
 
     def update(self, picks: float, slots: int, columns: int) -> float:
-        """Seconds of the update of a table by picks that are spread evenly over its slots."""
+        """Seconds of a table's update by picks spread evenly over its slots."""
         return columns * (self.pick * picks + self.row * slots * -math.expm1(-picks / slots))
 
 
 class Case:
-    """A model of a preset, with so many sequences on each GPU."""
+    """The model of a preset, with a number of sequences per GPU."""
 
     def __init__(self, preset: str, settings: str = "", sequences: int = 4):
         types = [f"--model.{name} bfloat16" for name in ("dtype", "param_dtype", "memory.table_dtype")]
@@ -123,34 +124,34 @@ class Case:
         self.sequences, self.tokens = sequences, sequences * self.config.data.sequence_length
         (self.table,) = self.config.model.tables.values()
         self.vector = self.table.width * resolve_dtype(self.config.model.dtype).itemsize
-        """Bytes of a bag."""
+        """Size of a bag in bytes."""
 
     @cached_property
     def program(self) -> TrainProgram:
         return TrainProgram.of(self.config)
 
     def one_gpu(self, mfu: float) -> float:
-        """Seconds of its step on one GPU."""
+        """Seconds of a step on one GPU."""
         flops = training_flops(self.program.parts, self.config.data.sequence_length).total
         return flops * self.tokens / (mfu * PEAK_FLOPS["NVIDIA H200"])
 
     def on(self, data: int, memory: int) -> RunConfig:
-        """Its config on a mesh."""
+        """The config on a mesh."""
         return replaced(self.config, {"mesh.memory": memory, "data.batch_size": self.sequences * data * memory})
 
     def reads(self, data: int, memory: int) -> Sent:
-        """Of all lookups: picks of the group, bags and their cotangents, and the gradients of weights."""
+        """Bytes of all lookups: picks of the group, bags and their cotangents, and the gradients of weights."""
         group, picks = Group(memory, min(memory, MACHINE)), memory * self.tokens * self.table.picks
-        # Rematerialised blocks keep what they have summed, and send it once more.
+        # Rematerialised blocks keep their sums, and send them once more.
         ways = 2 if self.config.train.remat == "none" else 3
         bags = group.all_to_all(self.tokens * self.vector).times(ways)
         return (group.gather(picks * 8) + bags + group.gather(picks * 4)).times(len(self.table.readers))
 
     def rows(self, data: int, memory: int, collective: Collective) -> Sent:
-        """Of the row gradients of all lookups."""
+        """Bytes of the row gradients of all lookups."""
         here, lookups = min(MACHINE, data * memory), len(self.table.readers)
         every, replicas = Group(data * memory, here), Group(data, max(1, here // memory))
-        # Without the picks of padding; the weights have been gathered for the reads.
+        # Picks without padding are gathered again; weights were already gathered for the reads.
         of_group = (
             Group(memory, min(memory, MACHINE)).gather(memory * self.tokens * self.table.picks * 4).times(lookups)
         )
@@ -163,7 +164,7 @@ class Case:
         return (picks + replicas.gather(data * self.tokens * self.vector)).times(lookups)
 
     def dense(self, data: int, memory: int, how: str = "sharded") -> Sent:
-        """Of the dense parameters, gathered for each pass, and their gradients; none for a layer alone."""
+        """Bytes of the dense parameters, gathered for each pass, and of their gradients; none for a layer alone."""
         if how == "none":
             return Sent()
         passes = 2 if how == "replicated" else 3 if self.config.train.remat != "none" else 2
@@ -171,25 +172,25 @@ class Case:
         return Group(data * memory, min(MACHINE, data * memory)).gather(total).times(passes)
 
     def update(self, rates: Rates, data: int, memory: int, collective: Collective) -> float:
-        """Seconds that the update of a GPU's columns takes more than that of all columns on one GPU."""
+        """Additional seconds of updating a GPU's columns, compared with all columns on one GPU."""
         own = self.tokens * self.table.picks * len(self.table.readers)
         slots, columns = self.table.num_slots, self.table.width // memory
         alone, everyone = rates.update(own, slots, self.table.width), rates.update(own * data * memory, slots, columns)
         if collective == "all_gather":
             return everyone - alone
-        # Others' picks come summed; the dense sum is cleared, added to, and read once more, which was not measured.
+        # Others' picks arrive summed; the dense sum is cleared, added to and read once more, which was not measured.
         others = rates.pick * own * (data - 1) * memory * columns
         return everyone - others - alone + 4 * slots * columns * 4 / rates.copy
 
 
 @cache
 def smallest() -> Case:
-    """The model that was measured on two GPUs."""
+    """The model measured on two GPUs."""
     return Case("373m_memory_plus_1m")
 
 
 def measured_rates(port: float = PORT) -> Rates:
-    """From the files of results."""
+    """Rates derived from the files in `results/`."""
     ops, profile = (json.loads((RESULTS / f"{name}-nvidia-h200.json").read_text()) for name in ("ops", "step-profile"))
     rows = [row for row in ops["rows"] if row["implementation"] == "triton" and row["indices"] == "uniform"]
     found = {(row["operation"], row["shape"].split(" x ")[0]): row["ms"] for row in rows}
@@ -207,7 +208,7 @@ def measured_rates(port: float = PORT) -> Rates:
 
 
 def step(case: Case, rates: Rates, data: int, memory: int, one_gpu: float, dense: str = "sharded") -> Row:
-    """A step on a mesh, in milliseconds; `of one GPU` if nothing is hidden, `at best` if all that can be is."""
+    """A step on a mesh, in milliseconds; `of one GPU` assumes that nothing is hidden, `at best` all that can be."""
     config = case.on(data, memory)
     planned = plan_reduce(config, data_axis=data)
     assert planned is not None
@@ -230,7 +231,7 @@ def step(case: Case, rates: Rates, data: int, memory: int, one_gpu: float, dense
 
 
 def layouts(case: Case, rates: Rates, gpus: int, one_gpu: float) -> Iterator[Row]:
-    """Every layout of so many GPUs that holds the model, by the planner."""
+    """Every layout of the GPUs that can hold the model, according to the planner."""
     for memory in (1, 2, 4, 8, 16):
         if gpus % memory or case.table.width // memory < 64:
             continue
@@ -243,7 +244,7 @@ def layouts(case: Case, rates: Rates, gpus: int, one_gpu: float) -> Iterator[Row
 
 
 def check(rates: Rates) -> Iterator[Row]:
-    """What the model says of the meshes that were measured, from the step of one of these GPUs."""
+    """Predictions for the measured meshes, given the step on one of these GPUs."""
     rows = json.loads((RESULTS / "step-nvidia-h200.json").read_text())["rows"]
     found = {(row["case"], row["mesh"]): row["ms"] for row in rows if row["part"] == "devices"}
     case = smallest()
@@ -287,7 +288,7 @@ def main() -> None:
 
 
 def tables(record: Row) -> str:
-    """What was measured beside what the model says, every layout of eight GPUs, and the best ones of more."""
+    """Measurements beside predictions, the layouts of 373m, and the best layouts of all models."""
 
     def show(rows: list[Row], columns: Sequence[str]) -> str:
         digits = {"ms": 1, "GB": 2, "GPU": 2, "best": 2}

@@ -1,15 +1,15 @@
-"""The server under load: clients that stream over HTTP, and hang up at random, against the engine alone.
+"""Benchmarks the server with clients that stream over HTTP and hang up at random, against the engine alone.
 
     python experiments/bench/serving.py                  # 373m Memory+, random weights, 64 clients x 20 requests
     python experiments/bench/serving.py --small          # on a CPU: a small model in float32
 
-The server is a process of its own. Before it serves it times its engine alone on the same work: as many prompts as
-there are clients are read at once and written to their end, again and again. Then each client sends one request after
-the other; a share hangs up after some of its text. Clients share several processes, as one cannot keep up with the
-server. Afterwards a sample of what came back is asked again, one by one.
-All tokens that the server made count, also those of clients that had gone; the steady rate is that until the first
-client has sent all its requests, from when on slots stay empty. The exit code is 1 if an answer is lost or
-mixed up (in float32; in bfloat16 the share of equal answers is reported).
+The server runs in its own process. Before serving, it times its engine alone on the same work: as many prompts as there
+are clients, processed and completed together, several times. Then each client sends one request after another; a share
+hangs up after part of the text. Clients are spread over several processes, as one cannot keep up with the server.
+Afterwards, a sample of the requests is repeated one by one, and the answers are compared.
+All generated tokens count, including those for clients that had hung up; the steady rate is measured until the first
+client has sent all its requests, after which slots stay empty. The exit code is 1 if an answer is lost or differs (in
+float32; in bfloat16, the share of equal answers is reported).
 """
 
 import argparse
@@ -61,13 +61,13 @@ COLUMNS = (
 )
 KEY = ("model", "clients", "prompt", "new", "hang_ups")
 _SAMPLE = 24
-"""Answers that are asked again."""
+"""Number of requests that are repeated."""
 _START_SECONDS = 120.0
-"""For the processes of the clients to start."""
+"""Time for the client processes to start."""
 
 
 def serve(case: cases.Row) -> None:
-    """Times the engine, then serves until SIGTERM; prints a line of JSON when it is ready, and one at the end."""
+    """Times the engine, then serves until SIGTERM; prints a line of JSON when ready, and one at the end."""
     import jax
     import numpy as np
     from random_table import random_model
@@ -85,7 +85,7 @@ def serve(case: cases.Row) -> None:
     from memjax.models.parts import DecoderParts
 
     class Numbers(Tokenizer):
-        """Tokens that are written as their ids."""
+        """Tokens whose text is their id."""
 
         kind = "numbers"
         encode = encode_batch = to_state = None  # pyright: ignore  # only ids are sent
@@ -98,7 +98,7 @@ def serve(case: cases.Row) -> None:
     rng = np.random.default_rng(0)
 
     def alone(engine: Engine) -> tuple[float, float]:
-        """Tokens per second of a batch, and of its decoding."""
+        """Tokens per second of a batch, and of its decoding alone."""
         prompts = rng.integers(3, config.vocab_size, size=(clients, case["prompt"])).tolist()
         started = time.perf_counter()
         engine.insert([Request(prompt_ids=prompt, max_tokens=new) for prompt in prompts])
@@ -111,7 +111,7 @@ def serve(case: cases.Row) -> None:
 
     engine = make_engine(model, num_slots=clients, max_length=max_length)
     for _ in range(2):
-        # The first batch compiles, and the second finds slots that are in memory.
+        # The first batch compiles, and the second warms up memory.
         alone(engine)
     whole, decoding = zip(*[alone(engine) for _ in range(case["rounds"])], strict=True)
     listening = socket.socket()
@@ -136,24 +136,24 @@ def serve(case: cases.Row) -> None:
 
 
 def resident() -> float:
-    """Megabytes of this process."""
+    """Resident memory of this process in megabytes."""
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 class Answer(NamedTuple):
-    """What came of a request."""
+    """The answer to a request."""
 
     text: str = ""
     finish: str | None = None
-    """Why the text ended."""
+    """Reason why the text ended."""
     first: float | None = None
     """Seconds to the first token."""
     num_tokens: int = 0
-    """By the server's own account, as special tokens have no text."""
+    """As reported by the server, since special tokens have no text."""
 
 
 async def ask(port: int, body: dict[str, Any], *, events: int | None = None) -> Answer:
-    """Streams a completion, or its first events."""
+    """Streams a completion, or only its first events."""
     options = {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
     raw = json.dumps({**body, **options}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -181,7 +181,7 @@ async def ask(port: int, body: dict[str, Any], *, events: int | None = None) -> 
 
 
 async def made_tokens(port: int) -> int:
-    """Tokens that the server has made so far."""
+    """Number of tokens that the server has generated so far."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     text = (await reader.read()).decode()
@@ -190,28 +190,28 @@ async def made_tokens(port: int) -> int:
 
 
 class Load(NamedTuple):
-    """What some of the clients saw."""
+    """Results of the clients of one process."""
 
     answers: list[tuple[dict[str, Any], str]]
-    """Requests and their texts, of those that did not hang up."""
+    """Requests that were not hung up, and their texts."""
     firsts: list[float]
     """Seconds to the first token."""
     lost: int
     first_end: tuple[float, int]
-    """When the first of them had sent all its requests, and the tokens that the server had made by then."""
+    """When the first client had finished all its requests, and how many tokens the server had generated by then."""
 
 
 class Client(NamedTuple):
-    """What a client does."""
+    """The requests of a client."""
 
     bodies: list[dict[str, Any]]
     patience: list[int | None]
-    """Events after which it hangs up."""
+    """Number of events after which it hangs up; None: never."""
 
 
 def plan(case: cases.Row, rng: random.Random) -> list[Client]:
     """The requests of each client."""
-    length = case["prompt"] - 1  # the server adds the begin token
+    length = case["prompt"] - 1  # the server adds the BOS token
 
     def request(number: int) -> dict[str, Any]:
         prompt = [rng.randrange(3, case["vocab_size"]) for _ in range(length)]
@@ -228,7 +228,7 @@ def plan(case: cases.Row, rng: random.Random) -> list[Client]:
 
 
 async def run_clients(port: int, clients: Sequence[Client], num_tokens: int) -> Load:
-    """Each client sends one request after the other."""
+    """Runs clients concurrently; each sends one request after another."""
     answers: list[tuple[dict[str, Any], str]] = []
     firsts: list[float] = []
     lost, has_ended, first_end = 0, False, (0.0, 0)
@@ -247,7 +247,7 @@ async def run_clients(port: int, clients: Sequence[Client], num_tokens: int) -> 
                 lost += not is_whole
                 answers.append((body, answer.text))
         if not has_ended:
-            has_ended = True  # before others come here while the server is asked
+            has_ended = True  # set first, as others may arrive here during the await
             made = await made_tokens(port)
             first_end = time.perf_counter(), made
 
@@ -256,16 +256,16 @@ async def run_clients(port: int, clients: Sequence[Client], num_tokens: int) -> 
 
 
 def run_process(port: int, clients: Sequence[Client], num_tokens: int, barrier: threading.Barrier) -> Load:
-    """The clients of one process, which begin with those of the others."""
+    """Runs the clients of one process, which start together with those of the others."""
     barrier.wait(_START_SECONDS)
     return asyncio.run(run_clients(port, clients, num_tokens))
 
 
 def load_server(case: cases.Row, port: int) -> cases.Row:
-    """Sends all requests, and asks a sample again."""
+    """Sends all requests, then repeats a sample of them."""
     rng = random.Random(0)
     clients, num_processes = plan(case, rng), min(case["clients"], case["processes"])
-    # The first of all requests compile what is left.
+    # The very first requests compile the remaining programs.
     warm = plan({**case, "clients": 1, "requests": 2, "hang_ups": 0.0}, random.Random(1))
     asyncio.run(run_clients(port, warm, case["new"]))
     with (
@@ -300,7 +300,7 @@ def load_server(case: cases.Row, port: int) -> cases.Row:
 
 
 def measure(case: cases.Row) -> cases.Row:
-    """Starts the server, loads it, and ends it."""
+    """Starts the server, puts it under load, and stops it."""
     command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--serve", json.dumps(case)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

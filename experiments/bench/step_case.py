@@ -1,7 +1,7 @@
-"""Measures one case of the bench of whole steps, in a process of its own: `step_case.py CASE RESULT`.
+"""Measures one case of the training step benchmark in its own process: `step_case.py CASE RESULT`.
 
-A process for each case: what one case leaves in the device's memory, or an out-of-memory, does not touch the next, and
-the peak that the allocator reports is that of the case. train_step.py starts the processes.
+With one process per case, leftovers in device memory or an out-of-memory error do not affect the next case, and the
+allocator's peak is that of the case. Started by train_step.py.
 """
 
 import json
@@ -46,12 +46,12 @@ BEGUN = time.perf_counter()
 
 
 def say(what: str) -> None:
-    """A line of progress: most of a case's time is not that of its steps."""
+    """Prints a progress line: most of a case's time is not spent in its steps."""
     print(f"  {time.perf_counter() - BEGUN:6.1f} s: {what}", file=sys.stderr, flush=True)
 
 
 def seconds_of(step: Callable[[Any], Any], state: Any, case: Row) -> tuple[float, Any]:
-    """Seconds of a step that takes its state over: the median of windows of chained steps, each with one wait."""
+    """Seconds of a step that donates its state: the median over windows of chained steps, each with one wait."""
     for _ in range(2):
         state = jax.block_until_ready(step(state))
     times = []
@@ -65,7 +65,7 @@ def seconds_of(step: Callable[[Any], Any], state: Any, case: Row) -> tuple[float
 
 
 def random_batch(config: RunConfig, documents: bool) -> dict[str, np.ndarray]:
-    """Uniformly random tokens, drawn once; rows of one text each, or of documents of 512 tokens on average."""
+    """Uniformly random tokens; each row is one text, or holds documents of 512 tokens on average."""
     rng = np.random.default_rng(0)
     shape = (config.data.batch_size, config.data.sequence_length)
     starts = np.zeros(shape, bool)
@@ -84,7 +84,7 @@ def random_batch(config: RunConfig, documents: bool) -> dict[str, np.ndarray]:
 
 
 def distinct_rows(program: TrainProgram, state: Any, batch: dict[str, jax.Array]) -> Row:
-    """Picks of a batch, and how many different rows of the tables they are."""
+    """Number of picks of a batch, and of distinct table rows among them."""
     memory = program.config.model.memory
     if memory is None:
         return {}
@@ -103,13 +103,13 @@ def distinct_rows(program: TrainProgram, state: Any, batch: dict[str, jax.Array]
 
 
 def allocator_peak(device: Any) -> float | None:
-    """Gigabytes that were in use at once on a device, over the life of this process; None where nobody counts."""
+    """Peak gigabytes in use on a device over the life of this process; None if the device does not report it."""
     stats = device.memory_stats()
     return stats["peak_bytes_in_use"] / 1e9 if stats else None
 
 
 def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
-    """A training step as a run makes it."""
+    """Measures a training step as in a run."""
     say("imported")
     program, mesh = TrainProgram.of(config), make_mesh(config, devices)
     say("model's shapes known")
@@ -158,16 +158,16 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
 
 
 def attention_of(config: RunConfig) -> str:
-    """Which attention runs."""
+    """The attention implementation that runs."""
     wanted = None if config.train.attention == "auto" else config.train.attention
     dtype, length = resolve_dtype(config.model.dtype), config.data.sequence_length
     return dot_product.choose(wanted, dtype, config.model.head_width, length)
 
 
 def traced(step: Callable[[Any], Any], state: Any, case: Row) -> Row:
-    """The operations of three steps that take the most time, or the collectives, and how much of them each GPU hid.
+    """Traces three steps: the slowest operations, or the collectives, and how much of them each GPU hid.
 
-    The trace is kept where the case has a folder for it.
+    The trace is kept if the case has a folder for it.
     """
     if not case.get("traces"):
         return {}
@@ -197,7 +197,7 @@ def traced(step: Callable[[Any], Any], state: Any, case: Row) -> Row:
 
 
 def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
-    """One memory layer forward and backward and the update of its table, split over all the devices."""
+    """Measures one memory layer, forward and backward with the update of its table, split over all devices."""
     memory, dim, mesh = config.model.memory, config.model.dim, make_mesh(config, devices)
     assert memory is not None
     dtype, tokens = resolve_dtype(config.model.dtype), config.data.batch_size * config.data.sequence_length
@@ -228,7 +228,7 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
             value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
             _, gradient, rows = value_and_grad(params, perturbations, table_state[0], x, target)
             updated = sharded.update_rows(*table_state, rows["table"], rule, row_step(1e-3, 0))
-            # All of the gradient is asked for, and little of it leaves the devices.
+            # Sums make sure that the whole gradient is computed, but return little.
             return updated, jax.tree.map(jnp.sum, gradient)
 
         compiled = jax.jit(step, donate_argnums=0).lower(table_state, params, x, target).compile()
@@ -239,7 +239,7 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
 
 
 def config_of(case: Row, more: list[str] | None = None) -> RunConfig:
-    """The case's preset with its settings."""
+    """The config of a case: its preset with its settings."""
     return load(RunConfig, pathlib.Path(case["preset"]), [*case["settings"], *(more or [])])
 
 

@@ -1,4 +1,4 @@
-"""Measuring on a device: medians of many runs on rotating inputs, index distributions, the ceiling, and the record."""
+"""Timing on a device: medians over many calls on rotating inputs, index distributions, copy bandwidth, and records."""
 
 import contextlib
 import datetime
@@ -25,9 +25,9 @@ DISTRIBUTIONS = ("uniform", "zipf", "equal")
 def median_ms(
     function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], *, rounds: int = 15, calls: int = 10
 ) -> float:
-    """Milliseconds of a call: the median over rounds of several calls on rotating inputs, with one wait at the end.
+    """Milliseconds per call: the median over rounds of several calls on rotating inputs, with one wait at the end.
 
-    The calls of a round queue up behind each other, so that launching them costs nothing while the device is busy.
+    The calls of a round are queued, so that launching them costs nothing while the device is busy.
     """
     jax.block_until_ready([function(*arguments) for arguments in inputs])
     times = []
@@ -43,7 +43,7 @@ def median_ms(
 def median_ms_in_place(
     function: Callable[..., Any], state: Any, inputs: Sequence[tuple[Any, ...]], *, rounds: int = 15, calls: int = 10
 ) -> tuple[float, Any]:
-    """Like `median_ms` for a function that takes over its first argument and returns it; also the last state."""
+    """Like `median_ms`, for a function that donates and returns its first argument; also returns the last state."""
     for arguments in inputs:
         state = jax.block_until_ready(function(state, *arguments))
     times = []
@@ -57,7 +57,7 @@ def median_ms_in_place(
 
 
 def copy_bandwidth(num_bytes: int) -> dict[str, float]:
-    """Bytes read and written per second when num_bytes are copied on the device, by the ways there are to do it."""
+    """Bytes read and written per second when copying num_bytes on the device, by method."""
     source = jax.random.bits(jax.random.key(0), (num_bytes // 4,), jnp.uint32)
     inputs = [(source, jnp.uint32(number)) for number in range(2)]
     milliseconds = {"XLA's a + 1": median_ms(jax.jit(lambda array, one: array + one), inputs, calls=20)}
@@ -76,7 +76,7 @@ def copy_bandwidth(num_bytes: int) -> dict[str, float]:
 
 
 def median_cuda_ms(function: Callable[[], Any], *, rounds: int = 15, calls: int = 5) -> float:
-    """Milliseconds of a call that queues PyTorch work, by device events: the median over rounds of several calls."""
+    """Milliseconds per call that queues PyTorch work, by device events: the median over rounds of several calls."""
     import torch
 
     for _ in range(3):
@@ -94,7 +94,7 @@ def median_cuda_ms(function: Callable[[], Any], *, rounds: int = 15, calls: int 
 
 
 def draw_indices(distribution: str, num_rows: int, shape: tuple[int, ...], seed: int = 0) -> jax.Array:
-    """Row numbers: uniform; Zipf, p(rank r) ~ (r + 1) ** -1.1 with the rows permuted; or one row for all."""
+    """Row indices: uniform; Zipf, p(rank r) ~ (r + 1) ** -1.1 with rows permuted; or one row for all."""
     rng = np.random.default_rng(seed)
     if distribution == "equal":
         return jnp.full(shape, num_rows // 3, jnp.int32)
@@ -106,7 +106,7 @@ def draw_indices(distribution: str, num_rows: int, shape: tuple[int, ...], seed:
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and commit of this run."""
+    """Device, package versions, commit and date."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     for name in ("triton", "jax-triton", "torch"):
         try:
@@ -125,7 +125,7 @@ def environment() -> dict[str, Any]:
 
 
 def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A measurement's row, or what went wrong as one."""
+    """A measurement's row, or a row with its error."""
     try:
         return function()
     except Exception as error:
@@ -137,26 +137,26 @@ def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def stem(bench: str, *, small: bool) -> str:
-    """What the files of a bench on this device are called."""
+    """File name, without suffix, of a benchmark on this device."""
     return f"{bench}-{jax.devices()[0].device_kind.replace(' ', '-').lower()}" + ("-small" if small else "")
 
 
 def write_report(
     out: pathlib.Path, stem: str, record: dict[str, Any], columns: Sequence[str], *, title: str, note: str
 ) -> None:
-    """The record as JSON, and its rows as a table under a title and a note."""
+    """Writes the record as JSON, and its rows as a table below a title and a note."""
     write_record(out / f"{stem}.json", record)
     text = f"# {title} on one {record['device']}\n\n{note}\n\n{table(record['rows'], columns)}\n"
     write_atomic(out / f"{stem}.md", text)
 
 
 def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """The results as JSON."""
+    """Writes the record as JSON."""
     write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 def filled(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
-    """The columns in which a row has a value."""
+    """The columns for which at least one row has a value."""
     return [column for column in columns if any(row.get(column) is not None for row in rows)]
 
 

@@ -1,7 +1,7 @@
-"""A `torch.compile`d Llama of a case's shape, trained as fast as PyTorch does by itself: `torch_peer.py CASE RESULT`.
+"""Times training of a `torch.compile`d Llama of a case's shape: `torch_peer.py CASE RESULT`.
 
-Parameters and moments in bfloat16, fused AdamW, causal attention by `scaled_dot_product_attention`: the peer of the
-dense model in train_step.py, which runs this file where PyTorch can be imported.
+Parameters and moments in bfloat16, fused AdamW, causal attention by `scaled_dot_product_attention`: PyTorch's
+counterpart of the dense model in train_step.py, which starts this file if PyTorch can be imported.
 """
 
 import json
@@ -27,7 +27,7 @@ def rotary(length: int, head_dim: int, theta: float, device: str) -> tuple[torch
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [b, n, s, h] turned by its positions."""
+    """Rotates x [b, n, s, h] by its positions."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens to the mean loss of their targets."""
+    """Maps tokens to the mean loss of their targets."""
 
     def __init__(self, shape: dict[str, Any]):
         super().__init__()
@@ -81,7 +81,7 @@ class Llama(nn.Module):
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """The case's row."""
+    """Measures the case's row."""
     shape, batch, length = case["shape"], case["batch"], case["length"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None

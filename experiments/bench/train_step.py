@@ -1,13 +1,13 @@
 """Times training steps: `python experiments/bench/train_step.py [--only PART ...] [--out FOLDER] [--small]`.
 
-Dense against Memory+ of one size on one device, a PyTorch peer of the dense model, table sizes, documents that share
-rows, cases that tell whether the planner is right, XLA's flags, and one device against several. The settings are those
-of the size's presets but for the batch (4 x 4,096 tokens a device), `train.remat: none` and rows of one text; tokens
-are random. Each case runs in a process of its own, so that an out-of-memory is a row and the rest goes on. The record
-is written after every case, and keeps what other runs have put into it; --resume leaves out what it has figures of.
+Dense against Memory+ of one size on one device, a PyTorch counterpart of the dense model, table sizes, documents that
+share rows, cases that test the planner, XLA flags, and one device against several. The settings are those of the size's
+presets except for the batch (4 x 4,096 tokens per device), `train.remat: none` and rows of one text; tokens are random.
+Each case runs in its own process, so that an out-of-memory error is a row and the rest continues. The record is written
+after every case, and keeps the rows of other runs; --resume skips cases that it contains.
 `--only devices --devices 1 8` measures one device and eight: see devices.py.
 
-With --small (for CPUs) a few cases of small sizes run, and the figures say nothing but that it runs.
+With --small (for CPUs), a few small cases only show that everything runs.
 """
 
 import argparse
@@ -37,9 +37,9 @@ SMALL = """
 """
 SMALL_MEMORY = "--model.memory.layers 1 --model.memory.num_heads 2 --model.memory.top_k 4 --model.memory.key_dim 16 "
 SMALL_MEMORY += "--optim.table.state_columns 64"
-# The paper's largest table with a small dense model: 128 GiB of rows on each of two devices.
+# The paper's largest table, with a small dense model: 128 GiB of rows on each of two devices.
 HUGE = "--model.num_layers 4 --model.memory.layers 2 --model.memory.value_dim 2048 --data.batch_size 4"
-# Rates that move something within the steps that are timed.
+# Learning rates with a visible effect within the timed steps.
 FAST = "--optim.lr 1e-3 --optim.warmup_steps 10 --optim.table.warmup_steps 10 --mesh.memory 2"
 BFLOAT16 = ["--model.param_dtype", "bfloat16"]
 
@@ -51,7 +51,7 @@ XLA_FLAGS = {
     "autotune level 1": "--xla_gpu_autotune_level=1",
 }
 
-# Few layers, which compile fast; in the first three most of the peak is activations and logits.
+# Few layers, to compile fast; in the first three, most of the peak is activations and logits.
 PLANNED = {
     "long rows, nothing again": ("dense", "--model.num_layers 4"),
     "long rows, attention in chunks": ("dense", "--model.num_layers 2 --train.attention chunked"),
@@ -137,7 +137,7 @@ def cases_of(arguments: argparse.Namespace) -> dict[str, list[Row]]:
 
 
 def run(case: Row, seconds: float) -> tuple[list[Row], Row]:
-    """The rows of a case, and what its process says of the device."""
+    """The rows of a case, and the environment of its process."""
     if case["kind"] == "torch" and importlib.util.find_spec("torch") is None:
         return [{"note": "PyTorch is not installed"}], {}
     script = "torch_peer.py" if case["kind"] == "torch" else "step_case.py"
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="leave out cases that the files of --stem have")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of devices for part devices")
     arguments = parser.parse_args()
-    # Where the files go says nothing of the measurement.
+    # The recorded command omits where files go.
     words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
     command = f"python experiments/bench/train_step.py {shlex.join(words)}".strip()
     arguments.out = arguments.out.resolve()

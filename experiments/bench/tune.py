@@ -1,7 +1,7 @@
 """Finds the best tiles of the Triton kernels on this device: `python experiments/bench/tune.py [--out FOLDER]`.
 
-Every candidate is timed at the sizes of `ops.py`; the fastest is written under the device's kind, in the
-`tiles.json` of the operation.
+Times every candidate at the sizes of `ops.py`, and writes the fastest to the operation's `tiles.json`, under the
+device's kind.
 """
 
 import argparse
@@ -28,18 +28,18 @@ from timing import median_ms, median_ms_in_place
 
 
 def candidates(**choices: tuple[int, ...]) -> list[dict[str, int]]:
-    """Every combination."""
+    """All combinations of the choices."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 def best(operation: str, tried: list[dict[str, int]], measure: Callable[[], float]) -> dict[str, int]:
-    """The candidate with the lowest time; each one's time is printed, and a failure is one more result."""
+    """The fastest candidate; prints the time or failure of each."""
     times = []
     for fields in tried:
         with tiles.override(operation, **fields):
             try:
                 milliseconds = measure()
-            except Exception as error:  # a tile may need more registers or shared memory than there are
+            except Exception as error:  # a tile may need too many registers or too much shared memory
                 print(f"{operation} {fields}: {type(error).__name__}", flush=True)
                 continue
         print(f"{operation} {fields}: {milliseconds:.3f} ms", flush=True)
@@ -48,7 +48,7 @@ def best(operation: str, tried: list[dict[str, int]], measure: Callable[[], floa
 
 
 def tune_grouped_matmul(bench: Bench, rounds: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Of the products of 8 experts with even groups, and of the gradient of their matrices."""
+    """The best tiles for the products of 8 experts with even groups, and for the gradient of their matrices."""
     from memjax.ops.grouped_matmul import triton
 
     hidden = 11 * bench.dim // 4
@@ -62,14 +62,14 @@ def tune_grouped_matmul(bench: Bench, rounds: dict[str, Any]) -> dict[str, dict[
     tried = candidates(rows=(64, 128), columns=(128, 256), inner=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
     found = {}
     for operation, (function, inputs) in cases.items():
-        # Another function for each candidate: a traced one would keep the tiles it was traced with.
+        # A new function for each candidate, since a traced one keeps its tiles.
         run = lambda function=function, inputs=inputs: median_ms(jax.jit(functools.partial(function)), inputs, **rounds)
         found[operation] = best(operation, tried, run)
     return found
 
 
 def write(file: pathlib.Path, name: str, fields: dict[str, int]) -> None:
-    """Puts the fields of a tile under this device's kind."""
+    """Stores the fields of a tile under this device's kind."""
     kind, known = jax.devices()[0].device_kind, json.loads(file.read_text()) if file.exists() else {}
     known.setdefault(kind, {})[name] = fields
     write_atomic(file, json.dumps(known, indent=1) + "\n")

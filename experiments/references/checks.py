@@ -1,4 +1,4 @@
-"""What a comparison with a reference found."""
+"""Results of comparisons with references."""
 
 import dataclasses
 
@@ -12,24 +12,24 @@ class Check:
     area: str
     """Part of memjax."""
     what: str
-    """The thing that was compared."""
+    """What was compared."""
     reference: str
     """What it was compared with."""
     measure: str
-    """What the figure is."""
+    """Meaning of the figure."""
     figure: float
-    """A relative difference, or a number of things that differ."""
+    """A relative difference, or a number of differences."""
     bound: float
     """The largest figure that passes."""
 
     @property
     def passes(self) -> bool:
-        """Whether the figure, which NaN never does, stays within the bound."""
+        """Whether the figure is within the bound; false for NaN."""
         return self.figure <= self.bound
 
 
 def relative(found: object, expected: object) -> float:
-    """The largest difference, as a share of the largest expected number."""
+    """The largest difference, relative to the largest expected number."""
     wide, wanted = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert wide.shape == wanted.shape, (wide.shape, wanted.shape)
     return float(np.abs(wide - wanted).max() / np.abs(wanted).max())

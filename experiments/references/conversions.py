@@ -1,4 +1,4 @@
-"""Models, greedy texts and tokenizers against torch and transformers."""
+"""Compares models, greedy texts and tokenizers with torch and transformers."""
 
 import base64
 import io
@@ -87,7 +87,7 @@ PROMPTS = [
 
 
 def models_in_and_out(folder: pathlib.Path) -> Iterator[Check]:
-    """Random models of transformers: read, compared, written, and read by transformers again."""
+    """Random transformers models: imported, compared, exported, and loaded by transformers again."""
     transformers.utils.logging.disable_progress_bar()
     for number, (name, (kind, fields)) in enumerate(MODELS.items()):
         yield from _there_and_back(folder / f"{number}-{kind}", name, kind, fields)
@@ -108,7 +108,7 @@ def _there_and_back(
     config = AutoConfig.for_model(kind, **{**SIZES, **longest, "num_attention_heads": 4, **fields})
     reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():
-        for parameter in reference.parameters():  # larger than at the start of a training; norms and biases too
+        for parameter in reference.parameters():  # larger than at initialisation, including norms and biases
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + noise / 8 if parameter.ndim == 1 else parameter * 6)
     reference.save_pretrained(folder / "model")
@@ -122,7 +122,7 @@ def _there_and_back(
         figure, bound = relative(found, expected), 1e-5
         what = f"logits of {length} tokens"
         if beyond is not None and length > beyond:
-            # There the references' own rounding of the angles counts.
+            # There, the reference's own rounding of angles matters.
             exact = _logits(folder / "model", tokens[:, :length], torch.float64)
             bound = max(bound, 2 * relative(expected, exact))
             figure, what = relative(found, exact), f"{what}, beyond the original {beyond}, to float64"
@@ -146,7 +146,7 @@ def _logits(folder: pathlib.Path, tokens: np.ndarray, dtype: torch.dtype) -> np.
 
 
 def greedy_texts(folder: pathlib.Path) -> Iterator[Check]:
-    """15 prompts for each kind of tokenizer: memjax's own texts, and those of the exported folder in transformers."""
+    """15 prompts for each kind of tokenizer: memjax's texts against those of the exported model in transformers."""
     equal = total = 0
     for kind, tokenizer in tokenizers_of(folder).items():
         if kind == "tiktoken":
@@ -178,7 +178,7 @@ def greedy_texts(folder: pathlib.Path) -> Iterator[Check]:
 
 
 def token_ids(folder: pathlib.Path) -> Iterator[Check]:
-    """Ids of 2,000 odd strings, by the libraries that wrote the files, and by transformers from exported files."""
+    """Ids of 2,000 unusual strings, against the libraries that wrote the files, and transformers after export."""
     texts = odd_texts(2000)
     for kind, tokenizer in tokenizers_of(folder).items():
         own = tokenizer.encode_batch(texts)
@@ -187,7 +187,7 @@ def token_ids(folder: pathlib.Path) -> Iterator[Check]:
             out = folder / f"{kind}-export"
             _export(out, tokenizer)
             there = AutoTokenizer.from_pretrained(out)
-            # A text that spells a special token is a text in memjax.
+            # memjax encodes a text that spells a special token as text.
             plain = [(ids, text) for ids, text in zip(own, texts, strict=True) if "<" not in text]
             differ = sum(there(text)["input_ids"] != tokenizer.prompt(ids) for ids, text in plain)
             yield Check(
@@ -226,7 +226,7 @@ def _export(out: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def tokenizers_of(folder: pathlib.Path) -> dict[str, Tokenizer]:
-    """One of each kind; their files are made by the libraries themselves."""
+    """A tokenizer of each kind; their files are written by the libraries themselves."""
     corpus = [f"{prompt} the quick brown fox, naïve café {i}" for prompt in PROMPTS for i in range(9)]
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -258,7 +258,7 @@ def tokenizers_of(folder: pathlib.Path) -> dict[str, Tokenizer]:
 
 
 def odd_texts(count: int) -> list[str]:
-    """Strings of words, spaces, marks, scripts and controls."""
+    """Random strings of words, spaces, marks, scripts and control characters."""
     rng = np.random.default_rng(0)
     parts = [
         "the", "Cat", " ", "  ", "\n", "\t", "\r\n", "é", "e\u0301", "日本", "🙂", "👩\u200d👧", "<s>", "</s>", "<eos>",

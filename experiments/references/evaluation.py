@@ -1,4 +1,4 @@
-"""Scores, texts, draws and measures of answers: lm-eval's own model class, transformers' samplers, torchmetrics."""
+"""Compares scores, texts, samples and metrics with lm-eval's own models, transformers' samplers and torchmetrics."""
 
 import itertools
 import json
@@ -40,11 +40,11 @@ from memjax.runs.load import LoadedModel
 from memjax.runs.write import write_run
 
 LENGTH = 64
-"""Tokens that the model sees at once in most comparisons."""
+"""Context length in most comparisons."""
 
 
 def evaluation(folder: pathlib.Path) -> Iterator[Check]:
-    """Everything below, with one random model and a trained BPE."""
+    """All checks below, with one random model and a trained BPE."""
     found = random_run(folder)
     yield from harness(found, folder)
     yield from bytes_of_texts(found, folder / "hf")
@@ -54,7 +54,7 @@ def evaluation(folder: pathlib.Path) -> Iterator[Check]:
 
 
 def random_run(folder: pathlib.Path) -> LoadedModel:
-    """A model as a run, and exported to `hf`."""
+    """Writes a random model as a run, and exports it to `hf`."""
     os.environ |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     tokenizer = train_bpe([f"{prompt} the quick brown fox {i}" for prompt in PROMPTS for i in range(9)], 400)
     model = ModelConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=96, vocab_size=400, memory=None)
@@ -67,7 +67,7 @@ def random_run(folder: pathlib.Path) -> LoadedModel:
 
 
 def both(found: LoadedModel, folder: pathlib.Path, batch_size: int, length: int = LENGTH, **how: Any) -> list[Any]:
-    """memjax under lm-eval, and lm-eval's `hf` model of the exported folder."""
+    """memjax's model for lm-eval, and lm-eval's `hf` model of the exported folder."""
     from lm_eval.models.huggingface import HFLM
 
     from memjax.evaluation.harness import HarnessModel
@@ -78,7 +78,7 @@ def both(found: LoadedModel, folder: pathlib.Path, batch_size: int, length: int 
 
 
 def harness(found: LoadedModel, folder: pathlib.Path) -> Iterator[Check]:
-    """What lm-eval asks."""
+    """Compares all request types of lm-eval, and a whole task."""
     from lm_eval.api.instance import Instance
 
     def ask(model: Any, kind: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
@@ -98,7 +98,7 @@ def harness(found: LoadedModel, folder: pathlib.Path) -> Iterator[Check]:
         yield Check("evaluation", what, lm_eval, f"log-likelihoods of {len(pairs)} continuations", figure, 1e-6)
         differ = sum(bool(a) != bool(b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
         yield Check("evaluation", what, lm_eval, "greedy flags that differ", float(differ), 0.0)
-        # Otherwise theirs counts the begin token, too, which no text holds.
+        # Otherwise theirs also scores the BOS token, which is not part of the text.
         models = both(found, folder, batch_size, add_bos_token=False)
         ours, theirs = (ask(model, "loglikelihood_rolling", rolling) for model in models)
         measure = f"log-likelihoods of {len(rolling)} texts of up to {len(rolling[-1][0]):,} characters"
@@ -124,7 +124,7 @@ def harness(found: LoadedModel, folder: pathlib.Path) -> Iterator[Check]:
 
 
 def write_task(folder: pathlib.Path, name: str, rows: list[dict[str, Any]]) -> None:
-    """Questions with choices as a task of one's own."""
+    """Writes multiple-choice questions as a custom lm-eval task."""
     (folder / "tasks").mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metric = lambda metric: {"metric": metric, "aggregation": "mean", "higher_is_better": True}
@@ -138,7 +138,7 @@ def write_task(folder: pathlib.Path, name: str, rows: list[dict[str, Any]]) -> N
 
 
 def accuracies_differ(task: str, models: list[Any], folder: pathlib.Path, shots: int) -> float:
-    """The larger of the differences in accuracy, as it is and by characters."""
+    """The larger of the differences in accuracy, plain and normalised by length."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -154,7 +154,7 @@ def accuracies_differ(task: str, models: list[Any], folder: pathlib.Path, shots:
 
 
 def bytes_of_texts(found: LoadedModel, exported: pathlib.Path) -> Iterator[Check]:
-    """Bits per byte: each token by the first window that holds it, in torch."""
+    """Compares bits per byte with torch, scoring each token in the first window that contains it."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
@@ -205,7 +205,7 @@ def _filtered(logits: np.ndarray, seen: list[int], sampling: SamplingConfig) -> 
 
 
 def _draws(logits: np.ndarray, seen: list[int], sampling: SamplingConfig, count: int) -> np.ndarray:
-    """How often memjax picks each token, of count prompts."""
+    """How often memjax samples each token, over `count` rows."""
     rules = Rules.of([(sampling, number) for number in range(count)])
     of_rows = jnp.zeros((count, len(logits)), bool).at[:, jnp.array(seen)].set(True)
     rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
@@ -217,7 +217,7 @@ SEEN = [3, 5, 8]
 
 
 def filters() -> Iterator[Check]:
-    """Which tokens can be drawn at all, and the chance of each, under all combinations of settings."""
+    """Compares which tokens can be sampled, and their probabilities, under all combinations of settings."""
     rng, differ, chances, total = np.random.default_rng(0), 0, [], 0
     for temperature, top_k, top_p, penalty in itertools.product(
         (0.5, 1.0, 2.0), (None, 1, 5, 30), (1.0, 0.9, 0.3), (1.0, 1.3, 0.8)
@@ -226,19 +226,19 @@ def filters() -> Iterator[Check]:
         logits = (3 * rng.normal(size=40)).astype(np.float32)
         expected = _filtered(logits, SEEN, sampling)
         drawn = _draws(logits, SEEN, sampling, 2000)
-        differ += int((drawn[expected == 0] > 0).any())  # and whether all that is likely was drawn:
+        differ += int((drawn[expected == 0] > 0).any())  # and every likely token must be drawn:
         differ += int((drawn[expected > 0.02] == 0).any())
         chances.append(scipy.stats.chisquare(*_pooled(drawn, expected)).pvalue if (expected > 0.01).sum() > 1 else 1.0)
         total += 1
     measure = f"of {total} settings, those that draw a token which they exclude, or never a likely one"
     yield Check("evaluation", "sampling", "transformers' processors", measure, float(differ), 0.0)
-    # Of 108 settings the least likely has a p of 0.01 by chance.
+    # Among 108 settings, the smallest p is about 0.01 by chance.
     worst = 1 - min(chances)
     yield Check("evaluation", "sampling", "transformers' processors", "1 - least p of a chi-squared", worst, 1 - 1e-5)
 
 
 def _pooled(drawn: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and what they should be, rare tokens taken together."""
+    """Observed and expected counts, with rare tokens pooled."""
     wanted, rare = expected * drawn.sum(), expected * drawn.sum() < 10
     counts, means = np.append(drawn[~rare], drawn[rare].sum()), np.append(wanted[~rare], wanted[rare].sum())
     some = means > 0
@@ -246,7 +246,7 @@ def _pooled(drawn: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def draws() -> Check:
-    """40,000 draws of one setting."""
+    """Compares 40,000 samples with one setting."""
     sampling = SamplingConfig(temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.2)
     logits = (2 * np.random.default_rng(1).normal(size=50)).astype(np.float32)
     counts, means = _pooled(_draws(logits, SEEN, sampling, 40000), _filtered(logits, SEEN, sampling))
@@ -259,7 +259,7 @@ def draws() -> Check:
 
 
 def answers() -> Check:
-    """Exact match and F1 of made answers as SQuAD 1.1 counts them."""
+    """Compares exact match and F1 of generated answers with SQuAD 1.1's."""
     rng, differ = np.random.default_rng(0), 0
     parts = [
         "The", "the", "a", "An", "Beatles", "beatles", "U.S.", "US", ",", "-", "Spider-Man", "spider", "man", "1,000",
@@ -269,7 +269,7 @@ def answers() -> Check:
     for _ in range(total):
         given, *accepted = (" ".join(rng.choice(parts, rng.integers(1, 6))) for _ in range(3))
         if not any(map(metrics.normalised, (given, *accepted))):
-            continue  # without words F1 is SQuAD 2's: 1 where both have none
+            continue  # without words, F1 follows SQuAD 2: 1 if neither has any
         wanted = squad(
             {"prediction_text": given, "id": "0"}, {"answers": {"answer_start": [0, 0], "text": accepted}, "id": "0"}
         )

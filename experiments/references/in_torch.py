@@ -1,9 +1,9 @@
-"""Runs exported memory models in torch, with nothing of memjax: what `memory_models.py` compares with memjax.
+"""Runs exported memory models in torch, without memjax; `memory_models.py` compares the results with memjax.
 
-    python experiments/references/in_torch.py FOLDER    # of an environment with torch, transformers and accelerate
+    python experiments/references/in_torch.py FOLDER    # in an environment with torch, transformers and accelerate
 
-FOLDER holds `<model>/` as `to-hf` wrote it, and `<model>.npz` with tokens and memjax's logits. What was found goes to
-`found.json` in it; each model, saved by transformers after a few steps of training, to `<model>-saved/`.
+FOLDER holds `<model>/` as written by `to-hf`, and `<model>.npz` with tokens and memjax's logits. Results are written to
+its `found.json`, and each model, saved by transformers after a few training steps, to `<model>-saved/`.
 """
 
 import json
@@ -26,17 +26,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 TRUST = {"trust_remote_code": True}
 SEEN = []
-"""Layers that called the attention function below, and what they handed on to it."""
+"""Layers that called the attention function below, and the argument that they passed on."""
 
 
 def recorded_attention(module, *arguments, instances=None, **kwargs):
-    """A function of attention from outside, such as serving programs register."""
+    """A registered attention function, like those of serving programs."""
     SEEN.append((module.layer_idx, instances))
     return sdpa_attention_forward(module, *arguments, **kwargs)
 
 
 def compare(folder: pathlib.Path, prompts: list[str]) -> dict:
-    """What a folder's model does."""
+    """Results of all tests of a folder's model."""
     expected = np.load(folder.with_name(f"{folder.name}.npz"))  # not with_suffix: names hold versions
     tokens, is_narrow = torch.tensor(expected["tokens"]).long(), "widened" in expected
 
@@ -77,7 +77,7 @@ def compare(folder: pathlib.Path, prompts: list[str]) -> dict:
 
 
 def texts(model: torch.nn.Module, tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Greedy continuations of each prompt, and of all together with padding on the left."""
+    """Greedy continuations of each prompt alone, and of all in a left-padded batch."""
     tokenizer.padding_side = "left"
     found = []
     for group in [*([prompt] for prompt in prompts), prompts]:
@@ -88,7 +88,7 @@ def texts(model: torch.nn.Module, tokenizer, prompts: list[str]) -> list[list[in
 
 
 def unlike_without_cache(model: torch.nn.Module, tokens: torch.Tensor) -> int:
-    """Tokens that other ways of generation pick otherwise: a static cache, and none."""
+    """Number of tokens that differ if generated with a static cache or without a cache."""
     wanted = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 24, "min_new_tokens": 24}
     first = model.generate(tokens, **wanted)
     static = model.generate(tokens, **wanted, cache_implementation="static", disable_compile=True)
@@ -96,7 +96,7 @@ def unlike_without_cache(model: torch.nn.Module, tokens: torch.Tensor) -> int:
 
 
 def unlike_its_program(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """How far the logits of a program made by torch.export are from the model's, at other sizes than it was made at."""
+    """Relative error of the logits of a torch.export program, at other sizes than it was exported with."""
     sizes = {"input_ids": dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC), "use_cache": None}
     made = torch.export.export(model, (), {"input_ids": tokens, "use_cache": False}, dynamic_shapes=sizes, strict=False)
     others = tokens[:, :20].repeat(2, 1)
@@ -106,7 +106,7 @@ def unlike_its_program(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 
 
 def foreign_attention(folder: pathlib.Path, tokens: torch.Tensor, model: torch.nn.Module) -> bool:
-    """Whether a function of attention from outside is called by every layer, with what the caller hands in."""
+    """Whether every layer calls a registered attention function, and passes on the caller's arguments."""
     AttentionInterface.register("recorded", recorded_attention)
     transformers.AttentionMaskInterface.register("recorded", transformers.masking_utils.sdpa_mask)
     config = AutoConfig.from_pretrained(folder, **TRUST)
@@ -120,7 +120,7 @@ def foreign_attention(folder: pathlib.Path, tokens: torch.Tensor, model: torch.n
 
 
 def train(model: torch.nn.Module, tokens: torch.Tensor, folder: pathlib.Path) -> None:
-    """A few steps of the Trainer."""
+    """Trains a few steps with the Trainer."""
     arguments = TrainingArguments(
         str(folder.with_name("trainer")), max_steps=3, per_device_train_batch_size=len(tokens), learning_rate=1e-3,
         report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, logging_strategy="no",
@@ -132,7 +132,7 @@ def train(model: torch.nn.Module, tokens: torch.Tensor, folder: pathlib.Path) ->
 
 
 def main() -> None:
-    """Goes through the models of the folder."""
+    """Tests all models of the folder."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     place = pathlib.Path(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Layers, losses and optimizers against torch, in float64 where the reference has it."""
+"""Compares layers, losses and optimizers with torch, in float64 if the reference supports it."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ from memjax.training.optimizer import make_optimizer, make_schedule
 
 
 def layers() -> Iterator[Check]:
-    """Everything below, under float64."""
+    """All checks below, in float64."""
     with jax.enable_x64(True):
         yield from attention()
         yield from norms_and_rope()
@@ -47,7 +47,7 @@ def layers() -> Iterator[Check]:
 
 
 def attention() -> Iterator[Check]:
-    """Outputs and gradients of causal attention against scaled_dot_product_attention."""
+    """Compares outputs and gradients of causal attention with scaled_dot_product_attention."""
     rng = np.random.default_rng(0)
     for heads, groups, window in ((4, 4, None), (6, 2, None), (5, 1, None), (4, 2, 7)):
         query = rng.normal(size=(2, 33, heads, 8))
@@ -73,7 +73,7 @@ def attention() -> Iterator[Check]:
 
 
 def norms_and_rope() -> Iterator[Check]:
-    """RMSNorm in float64, rotary positions in float32 up to far positions."""
+    """Compares RMSNorm and rotary positions, up to large positions, in float32."""
     rng = np.random.default_rng(0)
     x, scale = rng.normal(size=(3, 5, 16)), rng.normal(size=16)
     norm = RMSNorm(16, epsilon=1e-5, dtype=jnp.float32, param_dtype=jnp.float32)
@@ -98,7 +98,7 @@ def norms_and_rope() -> Iterator[Check]:
             cos, sin = LlamaRotaryEmbedding(config)(torch.tensor(heads), torch.tensor(positions))
             expected = apply_rotary_pos_emb(torch.tensor(heads), torch.tensor(heads), cos, sin, unsqueeze_dim=2)[0]
             found = rotate(jnp.asarray(heads), jnp.asarray(positions), 500000.0, scaling)
-            # In float32 an angle is as exact as its number of turns: both round, and differ by no more than that.
+            # In float32, the error of an angle grows with its number of turns: both round, and may differ by as much.
             what = f"rotary positions to {last:,}, {name}"
             yield Check(
                 "layers", what, "transformers", "output, float32", relative(found, expected), max(1e-6, last * 4e-7)
@@ -106,7 +106,7 @@ def norms_and_rope() -> Iterator[Check]:
 
 
 def cross_entropy() -> Check:
-    """Weighted losses of tokens."""
+    """Compares losses of tokens."""
     rng = np.random.default_rng(0)
     config = ModelConfig(dim=16, num_layers=1, vocab_size=50, memory=None, dtype="float64", param_dtype="float64")
     model = Decoder(config, rngs=nnx.Rngs(0))
@@ -118,7 +118,7 @@ def cross_entropy() -> Check:
 
 
 def experts() -> Iterator[Check]:
-    """Token-choice experts against Mixtral's, whose weights are renormalised, and Qwen 2's, whose are not."""
+    """Compares token-choice experts with Mixtral's (renormalised weights) and Qwen 2's (not renormalised)."""
     sizes = {"hidden_size": 16, "num_experts_per_tok": 3}
     qwen = Qwen2MoeConfig(
         **sizes, moe_intermediate_size=24, shared_expert_intermediate_size=8, num_experts=4, norm_topk_prob=False
@@ -129,7 +129,7 @@ def experts() -> Iterator[Check]:
         theirs, rng = theirs.double(), np.random.default_rng(0)
         named = dict(theirs.named_parameters())
         with torch.no_grad():
-            for name, parameter in named.items():  # memjax has no expert that all tokens share
+            for name, parameter in named.items():  # memjax has no shared expert
                 parameter.copy_(torch.randn_like(parameter) / 4 * ("shared" not in name))
         float64 = {"dtype": jnp.float64, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
         top_k = theirs.gate.top_k
@@ -160,7 +160,7 @@ def experts() -> Iterator[Check]:
         if kind == "Mixtral":
             balance = router_statistics(routing, jnp.ones(18, bool)).balance
             wanted = load_balancing_loss_func((torch.tensor(np.asarray(routing.logits)),), 4, top_k)
-            # Theirs counts each of a token's experts as a whole token.
+            # Theirs counts a token once for each of its experts.
             figure = relative(balance * top_k, wanted)
             yield Check("layers", what, f"transformers' {kind}", "load-balance loss", figure, 1e-6)
 
@@ -171,7 +171,7 @@ def _mixtral(top_k: int) -> MixtralSparseMoeBlock:
 
 
 def schedules() -> Check:
-    """Learning rates of all steps of short runs; the first step of memjax has the rate of their second."""
+    """Compares learning rates of all steps of short runs; memjax's first step has the rate of their second."""
     largest, count = 0.0, 0
     for steps in (5, 20, 101):
         for warmup in (0, 1, steps // 4):
@@ -191,7 +191,7 @@ def schedules() -> Check:
 
 
 def adamw() -> Check:
-    """50 steps of the dense optimizer with clipping."""
+    """Compares 50 steps of the dense optimizer with clipping."""
     rng = np.random.default_rng(0)
     first = {"matrix": rng.normal(size=(5, 7)), "bias": rng.normal(size=7)}
     config = OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.1, max_grad_norm=1.0)
@@ -214,7 +214,7 @@ def adamw() -> Check:
         theirs.step()
     found = nnx.to_pure_dict(params)
     figure = max(relative(found[name], tensor.detach()) for name, tensor in tensors.items())
-    # The rate is formed in float32.
+    # The learning rate is computed in float32.
     return Check("optimizers", "AdamW with clipping", "torch", "parameters after 50 steps, float64", figure, 1e-7)
 
 
@@ -224,7 +224,7 @@ def gradients_like(params: nnx.State, gradients: dict[str, np.ndarray]) -> dict[
 
 
 def table_rules() -> Iterator[Check]:
-    """25 updates of rows that are read again and again, with torch's optimizers on the same gradients."""
+    """Compares 25 updates of repeatedly read rows with torch's optimizers on the same gradients."""
     rules = {
         "lazy adam": (
             RowRule(kind="adam", beta1=0.9, beta2=0.99, eps=1e-30, moment_dtype=jnp.float64),

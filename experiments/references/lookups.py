@@ -1,4 +1,4 @@
-"""Memory layers and PEER against lucidrains' product-key-memory and PEER-pytorch, in float64."""
+"""Compares memory layers and PEER with lucidrains' product-key-memory and PEER-pytorch, in float64."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ FLOAT64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 
 
 def lookups() -> Iterator[Check]:
-    """Outputs, and gradients of everything that is trained."""
+    """Compares outputs, and gradients of everything that is trained."""
     with jax.enable_x64(True):
         torch.manual_seed(0)
         theirs = PKM(DIM, heads=HEADS, num_keys=KEYS, topk=PICKS, dim_head=HALF).double()
@@ -47,7 +47,7 @@ def _compare(
     queries: torch.nn.Linear,
     embeddings: list[torch.nn.Module],
 ) -> float:
-    """The largest difference when both have the same random numbers."""
+    """The largest difference if both have the same random parameters."""
     rng = np.random.default_rng(0)
     weights: list[torch.Tensor] = [embedding.weight for embedding in embeddings]  # pyright: ignore
     with torch.no_grad():

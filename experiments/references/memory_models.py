@@ -1,4 +1,4 @@
-"""Models with memory layers: the torch code in their exported folders against memjax."""
+"""Compares the torch code in exported folders of models with memory layers with memjax."""
 
 import dataclasses
 import functools
@@ -90,7 +90,7 @@ MODELS: dict[str, ModelConfig] = {
 
 
 def memory_models(folder: pathlib.Path, pythons: Sequence[str]) -> Iterator[Check]:
-    """Random and trained models, exported, and run by the interpreters of environments with torch."""
+    """Exports random and trained models, and runs them in environments with torch."""
     names = {f"random-{number:02d}": name for number, name in enumerate(MODELS)}
     written: dict[str, list[str]] = {}
     for short, name in names.items():
@@ -120,7 +120,7 @@ def _random_model(config: ModelConfig) -> Decoder:
     parts, rng = DecoderParts.of(config), np.random.default_rng(0)
 
     def parameter(leaf: Any) -> jax.Array:
-        # Of the size that they have in a trained model; biases and norms, which begin at 0 and 1, away from there.
+        # Of the size of trained parameters; biases and norms away from their initial 0 and 1.
         noise = rng.normal(size=leaf.shape)
         return jnp.asarray(noise * leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 1 + noise / 8, leaf.dtype)
 
@@ -129,7 +129,7 @@ def _random_model(config: ModelConfig) -> Decoder:
 
 
 def _export(folder: pathlib.Path, short: str) -> list[str]:
-    """Writes a run's folder and its logits next to it, and returns memjax's greedy texts."""
+    """Exports a run, writes its logits beside it, and returns memjax's greedy texts."""
     to_hf(folder / f"{short}-run", folder / short)
     loaded = memjax.load(folder / f"{short}-run")
     vocab_size = loaded.model.config.vocab_size
@@ -144,7 +144,7 @@ def _export(folder: pathlib.Path, short: str) -> list[str]:
 
 
 def _widened(model: Decoder) -> Decoder:
-    """The model with the same numbers in float32 tables."""
+    """The model with its tables converted to float32."""
     _, params, tables = split_decoder(model)
     assert model.config.memory is not None
     memory = dataclasses.replace(model.config.memory, table_dtype="float32")
@@ -153,7 +153,7 @@ def _widened(model: Decoder) -> Decoder:
 
 
 def _unlike(run: pathlib.Path, exported: pathlib.Path) -> int:
-    """Arrays that differ between a run and what comes back from its exported folder."""
+    """Number of arrays that differ between a run and its re-imported export."""
     back = exported.with_name(f"{exported.name}-back")
     from_hf(exported, back)
     ours, theirs = (jax.tree.leaves(split_decoder(load_as_saved(place).model)[1:]) for place in (run, back))
@@ -165,7 +165,7 @@ def _in_environment(
     folder: pathlib.Path, place: pathlib.Path, python: str, names: dict[str, str], written: dict[str, list[str]]
 ) -> Iterator[Check]:
     shutil.copytree(folder, place, ignore=shutil.ignore_patterns("*-run", "*-back", "torch-*"))
-    # A cache of its own, so that no module of an earlier run of the code is taken.
+    # A separate cache, so that no module of an earlier run is reused.
     environment = {**os.environ, "HF_HOME": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([python, str(HERE / "in_torch.py"), str(place)], check=True, env=environment)
     found = json.loads((place / "found.json").read_text())
@@ -176,7 +176,7 @@ def _in_environment(
         yield check(what=name, measure="logits, float32", figure=figure, bound=1e-5)
         if (narrow := models[short]["narrow"]) is not None:
             expected = np.load(place / f"{short}.npz")
-            # Sums of rows are rounded to bfloat16, and near a tie the last bit of float32 decides which way.
+            # Sums of rows are rounded to bfloat16; near a tie, the last bit of float32 decides the direction.
             rounding = relative(expected["logits"], expected["widened"])
             yield check(what=name, measure="logits, sums of rows in bfloat16", figure=narrow, bound=rounding)
     tokenizer = ByteTokenizer()
@@ -201,12 +201,12 @@ def _in_environment(
 
 
 def _until_end(ids: list[int], tokenizer: ByteTokenizer) -> list[int]:
-    """The ids before the first end token, behind which batches are padded."""
+    """The ids before the first EOS token, after which batches are padded."""
     return ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
 
 
 def _not_read_again(saved: pathlib.Path) -> bool:
-    """Whether memjax cannot read what transformers has saved, the tokenizer apart."""
+    """Whether memjax fails to read the model that transformers saved (tokenizer aside)."""
     from_hf(saved, saved.with_name(f"{saved.name}-run"), tokenizer="byte")
     again = load_as_saved(saved.with_name(f"{saved.name}-run")).model
     return not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(split_decoder(again)[1:]))

@@ -1,11 +1,11 @@
-"""The official `openai` package against a running server: completes, streams, gets log-probabilities and errors.
+"""Tests a running server with the official `openai` package: completions, streams, log-probabilities and errors.
 
     pip install openai
     python -m memjax.serve runs/quickstart                      # in another terminal
     python experiments/references/openai_client.py              # or with --url http://HOST:PORT/v1
 
-The key, where the server asks for one, is that of the environment variable MEMJAX_API_KEY. The exit code is 1 if
-anything is not as it should be.
+If the server requires a key, it is taken from the environment variable MEMJAX_API_KEY. The exit code is 1 if any check
+fails.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Published questions and problems: their official solutions, and measures of answers to them. Needs the files."""
+"""Checks official solutions of published problems, and metrics of answers to published questions. Needs the files."""
 
 import gzip
 import json
@@ -24,14 +24,14 @@ HUMAN_EVAL, MBPP, SQUAD, ARC = (
 
 
 def public_sets(data: pathlib.Path, folder: pathlib.Path) -> Iterator[Check]:
-    """Everything below, with the files of a folder."""
+    """All checks below, with the files of a folder."""
     yield from solutions(data)
     yield squad_answers(data)
     yield from choices(data, folder)
 
 
 def solutions(data: pathlib.Path) -> Iterator[Check]:
-    """The official programs are right and are not cut; others are wrong."""
+    """Official solutions pass and are not truncated; solutions of other problems fail."""
     with gzip.open(data / HUMAN_EVAL, "rt", encoding="utf-8") as file:
         bodies = [json.loads(line)["canonical_solution"] for line in file]
     yield from _judged("HumanEval", _problems(data / HUMAN_EVAL), bodies)
@@ -49,7 +49,7 @@ def _judged(name: str, problems: list[Problem], bodies: list[str]) -> Iterator[C
     run = lambda problem, body: run_program(problem.beginning + body, problem.tests, functions=problem.functions).passed
     with ThreadPoolExecutor(2) as pool:
         right = list(pool.map(run, problems, bodies))
-        # The program of the problem before.
+        # The solution of the previous problem.
         wrong = list(pool.map(run, problems[:40], bodies[-1:] + bodies[:39]))
     cut = sum(stop in body for problem, body in zip(problems, bodies, strict=True) for stop in problem.stop)
     for measure, figure in (
@@ -61,7 +61,7 @@ def _judged(name: str, problems: list[Problem], bodies: list[str]) -> Iterator[C
 
 
 def squad_answers(data: pathlib.Path) -> Check:
-    """Answers to questions of SQuAD: the right ones, changed a little, and those of other questions."""
+    """Grades answers to SQuAD's questions: correct ones with small changes, and those of other questions."""
     sets = read_question_sets([str(data / SQUAD)], field="questions")
     questions = [one for one in sets[0].questions if isinstance(one, OpenQuestion)][::4]
     changes = (str.upper, lambda text: f"The {text}.", lambda text: text.replace(" ", "-"), lambda text: f"in {text}")
@@ -82,7 +82,7 @@ def squad_answers(data: pathlib.Path) -> Check:
 
 
 def choices(data: pathlib.Path, folder: pathlib.Path) -> Iterator[Check]:
-    """40 questions of ARC as a task of lm-eval."""
+    """Evaluates 40 questions of ARC as an lm-eval task."""
     found = evaluation.random_run(folder)
     with lzma.open(data / ARC, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][:400:10]

@@ -1,16 +1,16 @@
-"""memjax against references that its authors did not write: torch, transformers, lm-eval and others.
+"""Compares memjax with independent references: torch, transformers, lm-eval and others.
 
-    # In an environment that has memjax:
+    # In an environment with memjax:
     pip install torch transformers accelerate sentencepiece tiktoken lm-eval torchmetrics product-key-memory \\
         PEER-pytorch
     python experiments/references/run.py              # 10 minutes on two cores; no network, no download
     python experiments/references/run.py training     # only some parts; the results of the others are kept
     python experiments/references/run.py --report     # only the table of docs/checked.md, from the results
 
-`--also PYTHON` runs the torch code of exported memory models in another environment too, one with torch, accelerate and
-an older transformers. `--data FOLDER` names files of published questions and problems, without which that part is left
-out. Every model and tokenizer is made on the spot, but for two small runs of the tests. The exit code is 1 if a figure
-is beyond its bound.
+`--also PYTHON` also runs the torch code of exported memory models in another environment, with torch, accelerate and an
+older transformers. `--data FOLDER` names files of published questions and problems; that part is skipped without it.
+All models and tokenizers are generated, except for the small runs of the tests. The exit code is 1 if a figure exceeds
+its bound.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PARTS = {
     "memory_models": ("memory in torch",),
     "public_sets": ("public sets",),
 }
-"""What can be run alone, and which parts of the table it makes, in their order."""
+"""Parts that can be run alone, and the areas of the table that each produces, in order."""
 
 sys.path.insert(0, str(HERE))
 
@@ -51,7 +51,7 @@ from checks import Check  # noqa: E402
 
 
 def run(part: str, arguments: argparse.Namespace) -> Iterator[Check]:
-    """The comparisons of a part; those of memory models in torch by other interpreters too."""
+    """The comparisons of a part; memory models also run in other environments."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -94,12 +94,12 @@ def line(check: Check) -> str:
 
 
 def shown(figure: float) -> str:
-    """A count as it is, a difference with two digits."""
+    """Formats a count as an integer, a difference with two digits."""
     return f"{figure:.0f}" if figure == int(figure) else f"{figure:.1e}"
 
 
 def report(document: dict) -> str:
-    """The table as Markdown, with the versions."""
+    """The table as Markdown, with package versions."""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     checks = [Check(**check) for check in document["checks"]]
     failed = sum(not check.passes for check in checks)
@@ -122,12 +122,12 @@ def write_page(document: dict) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that was compared."""
+    """Versions of all packages that take part."""
     return {name: metadata.version(name) for name in PACKAGES}
 
 
 def merged(document: dict, parts: list[str], found: list[Check]) -> dict:
-    """The document with what the parts found in place of what they had found before."""
+    """The document with the previous results of these parts replaced."""
     new = {area for part in parts for area in PARTS[part]}
     checks = [check for check in document["checks"] if check["area"] not in new] + list(map(dataclasses.asdict, found))
     order = [area for areas in PARTS.values() for area in areas]

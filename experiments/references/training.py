@@ -1,4 +1,4 @@
-"""30 steps of training against torch: its autograd, its optimizers, and loops written out here."""
+"""Compares 30 training steps with torch: its autograd, its optimizers, and loops written out here."""
 
 import dataclasses
 import pathlib
@@ -26,7 +26,7 @@ from memjax.training.step import make_train_step
 
 STEPS, SEQUENCES, LENGTH = 30, 6, 24
 EPS = 1e-30
-"""Of lazy Adam: torch's SparseAdam adds it before it corrects the bias, memjax where dense Adam does."""
+"""Negligible, because torch's SparseAdam adds epsilon before bias correction, and memjax after it, like dense Adam."""
 
 SIZES = f"""
 --model.dim 16 --model.num_layers 2 --model.num_heads 2 --model.ffn_dim 24 --model.vocab_size 259
@@ -37,7 +37,7 @@ SIZES = f"""
 LOOKUP = "num_keys 8 num_heads 2 top_k 3 key_dim 8"
 FLOAT64 = """--model.dtype float64 --model.param_dtype float64 --optim.table.moment_dtype float64
 --model.rope_free_layers 0,1"""
-"""Without rotary positions, whose angles transformers computes in float32 whatever the rest is in."""
+"""Without rotary positions, whose angles transformers always computes in float32."""
 
 
 def _section(name: str, settings: str) -> str:
@@ -86,19 +86,19 @@ RUNS: dict[str, tuple[str, str, str, float]] = {
     "PEER, tables by rowwise_adam": ("torch's AdamW and the formula", "float64", PEER, 1e-12),
     "experts, 2 of 4 a token": ("torch's AdamW", "float64", EXPERTS, 1e-12),
 }
-"""What is trained: against what, in which type, with which settings, and how closely."""
+"""For each model: the reference, the dtype, the settings, and the bound of the difference."""
 
 
 class Outcome(NamedTuple):
-    """What became of the steps."""
+    """The result of training."""
 
     losses: list[float]
     weights: dict[str, np.ndarray]
-    """By their names in an exported folder."""
+    """Parameters and tables by their exported names."""
 
 
 def training(folder: pathlib.Path) -> Iterator[Check]:
-    """Losses of every step, and the parameters and tables after the last."""
+    """Compares losses of every step, and the final parameters and tables."""
     for number, (name, (reference, dtype, settings, bound)) in enumerate(RUNS.items()):
         with jax.enable_x64(dtype == "float64"):
             place = folder / str(number)
@@ -114,7 +114,7 @@ def training(folder: pathlib.Path) -> Iterator[Check]:
 
 
 def _batches(accumulate: int) -> list[dict[str, np.ndarray]]:
-    """Rows of a document each, some with padding at their end, of which not all tokens are learned."""
+    """Batches with one document per row, some with padding at the end; not all tokens are learned."""
     rng, shape, found = np.random.default_rng(0), (SEQUENCES, LENGTH), []
     for _ in range(STEPS):
         tokens, positions = rng.integers(3, 259, (SEQUENCES, LENGTH + 1)), np.arange(LENGTH)[None]
@@ -128,7 +128,7 @@ def _batches(accumulate: int) -> list[dict[str, np.ndarray]]:
 
 
 def _in_memjax(folder: pathlib.Path, settings: str) -> tuple[Outcome, RunConfig]:
-    """The steps in memjax, with the first and the last model exported to `start` and `end`."""
+    """Trains in memjax, and exports the first and the last model to `start` and `end`."""
     config = load(RunConfig, None, settings.split())
     program, losses = TrainProgram.of(config), []
     axes = (jax.sharding.AxisType.Auto,) * 2
@@ -162,7 +162,7 @@ def _weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def _in_torch(folder: pathlib.Path, config: RunConfig) -> Outcome:
-    """The steps in torch, from the exported first model."""
+    """Trains in torch, from the exported first model."""
     model, optim = _load(folder), config.optim
     tables = {name: table for name, table in model.named_parameters() if ".tables." in name}
     dense = {name: parameter for name, parameter in model.named_parameters() if name not in tables}
@@ -202,7 +202,7 @@ def _in_torch(folder: pathlib.Path, config: RunConfig) -> Outcome:
 
 
 def _recorded_reads(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """A list to which every read of a table adds its name and slots."""
+    """A list to which every table read appends the table's name and the slots."""
     reads: list[tuple[str, torch.Tensor]] = []
     for name, module in model.named_modules():
         if ".tables." in name:
@@ -212,7 +212,7 @@ def _recorded_reads(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 class _TableOptimizer:
-    """What the settings say of tables, by torch's optimizers where it has them."""
+    """The optimizer of the tables, one of torch's if it has an equivalent."""
 
     def __init__(self, config: RunConfig, tables: dict[str, torch.nn.Parameter]):
         self.tables, self.settings = tables, config.optim.table
@@ -236,7 +236,7 @@ class _TableOptimizer:
             assert gradient is not None
             if isinstance(self.optimizer, torch.optim.SparseAdam):
                 table.grad = torch.sparse_coo_tensor(rows[None], gradient[rows], gradient.shape, is_coalesced=True)
-            elif self.optimizer is None:  # rowwise_adam, of rows no wider than what shares a second moment
+            elif self.optimizer is None:  # rowwise_adam, for rows that share a single second moment
                 square, old = gradient[rows].square().mean(dim=1, keepdim=True), self.second[name][rows]
                 beta2 = self.settings.beta2
                 new = torch.where(old == 0, square, beta2 * old + (1 - beta2) * square)

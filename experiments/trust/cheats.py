@@ -1,4 +1,4 @@
-"""Programs that must not pass `TESTS`, or tests of their own, by what they do."""
+"""Cheating programs that must not pass `TESTS`, or their own tests."""
 
 import re
 
@@ -11,7 +11,7 @@ def _programs(text: str, beginning: str = "") -> dict[str, str]:
 
 
 def split(source: str) -> tuple[str, str]:
-    """A program, and the tests that follow it or else `TESTS`."""
+    """Splits a source into the program and its tests, by default `TESTS`."""
     program, _, tests = source.partition("#### tests\n")
     return program, tests or TESTS
 
@@ -237,7 +237,7 @@ x = '\ud800'
 """.replace(r"x = '\ud800'", "x = '\ud800'"),
     _BEGINNING,
 )
-"""All end at once."""
+"""Programs that end at once."""
 BURDENS = _programs(
     r"""
 ### ends its watcher
@@ -292,7 +292,7 @@ os._exit(0)
 """,
     _BEGINNING,
 )
-"""These use time, memory, disk or processes."""
+"""Programs that use time, memory, disk or processes."""
 KILLERS = _programs(
     r"""
 ### kills all that it can
@@ -314,9 +314,9 @@ def f(x):
 """,
     _BEGINNING,
 )
-"""These must not run where a program sees the other processes of its user."""
+"""Programs that must not run where they can see other processes of the user."""
 
 
 def without_namespaces(start: str) -> str:
-    """What starts the launcher of the sandbox, as if the kernel allowed it no namespaces."""
+    """The launcher code of the sandbox, modified as if the kernel allowed no namespaces."""
     return start.replace("\nmain()", "\nmain.__globals__['_libc'].unshare = lambda _: -1\nmain()")

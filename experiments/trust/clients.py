@@ -1,4 +1,4 @@
-"""Clients of the HTTP server that send anything but what they should: bodies, heads, chunks, half requests."""
+"""Clients that send malformed requests to the HTTP server: odd bodies, heads and chunks, and partial requests."""
 
 import contextlib
 import json
@@ -21,11 +21,11 @@ from fuzz import Attempts, Faults
 from mutate import damage, odd_json
 
 SECONDS = 10.0
-"""In which every request is answered."""
+"""Time within which every request must be answered."""
 STALLED_SECONDS = 45.0
-"""After which the server has given up a client that sends no more."""
+"""Time within which the server must drop a client that stops sending."""
 MEMORY_BYTES = 64 << 20
-"""That the server's memory may grow by."""
+"""Maximum growth of the server's memory."""
 SOUND = {
     "/v1/completions": {
         **{"prompt": ["a b", "c"], "max_tokens": 2, "temperature": 0.0, "top_p": 0.9, "top_k": 4, "n": 1, "seed": 1},
@@ -37,7 +37,7 @@ SOUND = {
 
 
 def request(path: str, body: bytes, *, method: str = "POST", version: str = "1.1", **headers: str) -> bytes:
-    """The bytes of a request; a header that is empty is left out."""
+    """The bytes of a request; empty headers are omitted."""
     lines = {"Host": "x", "Content-Type": "application/json", "Content-Length": str(len(body))}
     lines |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = [f"{method} {path} HTTP/{version}", *(f"{name}: {value}" for name, value in lines.items() if value)]
@@ -45,7 +45,7 @@ def request(path: str, body: bytes, *, method: str = "POST", version: str = "1.1
 
 
 def hostile(rng: random.Random) -> tuple[str, bytes, bool]:
-    """What it is, the bytes, and whether the server has all that it needs to answer."""
+    """A description, the bytes, and whether the request is complete enough to be answered."""
     path = rng.choice(["/v1/completions"] * 4 + ["/tokenize", "/detokenize"])
     sound = json.dumps(SOUND[path]).encode()
     kind = rng.randrange(10)
@@ -136,9 +136,9 @@ def _head(rng: random.Random, path: str, body: bytes) -> tuple[str, bytes, bool]
 
 
 def answer_of(port: int, raw: bytes, seconds: float) -> bytes | None:
-    """What comes back to the sent bytes, up to the end of the first answer; None if that is nothing in the time."""
+    """The response to the bytes, up to the end of the first answer; None if nothing arrives in time."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
-        # The server may refuse before it has read all; what it said is still there to be read.
+        # The server may refuse before it has read everything; its answer can still be read.
         with contextlib.suppress(OSError):
             connection.sendall(raw)
         found, due = b"", time.monotonic() + seconds
@@ -167,7 +167,7 @@ def _is_complete(answer: bytes) -> bool:
 
 
 def judged(answer: bytes | None, *, complete: bool) -> Faults:
-    """What is wrong with an answer."""
+    """The faults of an answer."""
     if answer is None:
         return [("hung", f"no answer in {SECONDS:g} s")] if complete else []
     while answer.startswith(b"HTTP/1.1 100"):
@@ -190,7 +190,7 @@ def judged(answer: bytes | None, *, complete: bool) -> Faults:
 
 
 class _Server:
-    """`python -m memjax.serve` as a process of its own."""
+    """`python -m memjax.serve` in its own process."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         make_run(folder / "run")
@@ -203,7 +203,7 @@ class _Server:
         while not self.port and (line := self.process.stdout.readline()):
             if found := re.search(r"127\.0\.0\.1:(\d+)/v1", line):
                 self.port = int(found[1])
-        # The first request of its kind waits until its program is compiled.
+        # The first request of each kind waits for compilation.
         for logprobs in (0, 5, 20):
             body = SOUND["/v1/completions"] | {"logprobs": logprobs}
             answer_of(self.port, request("/v1/completions", json.dumps(body).encode()), 120)
@@ -211,7 +211,7 @@ class _Server:
         self.stalled: list[tuple[float, socket.socket]] = []
 
     def normal(self) -> Any:
-        """What it writes after a prompt."""
+        """The answer to a normal request."""
         body = json.dumps({"prompt": "ab", "max_tokens": 3, "temperature": 0, "ignore_eos": True}).encode()
         found = answer_of(self.port, request("/v1/completions", body), SECONDS)
         try:
@@ -220,12 +220,12 @@ class _Server:
             return found
 
     def cpu_seconds(self) -> float:
-        """Seconds that it has computed."""
+        """CPU seconds used so far."""
         fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stall(self, raw: bytes, how: int) -> None:
-        """Sends a part and then nothing, closes one direction, or breaks the connection."""
+        """Sends part of a request, then stalls, half-closes, resets or closes the connection."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
         with contextlib.suppress(OSError):
             connection.sendall(raw)
@@ -240,12 +240,12 @@ class _Server:
         connection.close()
 
     def memory(self) -> int:
-        """Bytes that are resident."""
+        """Resident memory in bytes."""
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))) << 10
 
     def given_up(self) -> Faults:
-        """Waits until the server has closed the connections that send no more."""
+        """Waits until the server has closed all stalled connections."""
         faults: Faults = []
         for since, connection in self.stalled:
             connection.settimeout(max(0.1, since + STALLED_SECONDS - time.monotonic()))
@@ -260,7 +260,7 @@ class _Server:
         return faults
 
     def end(self) -> Faults:
-        """SIGTERM, and what it has left on standard error."""
+        """Sends SIGTERM, and checks the exit code and standard error."""
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.communicate(timeout=60)
@@ -273,7 +273,7 @@ class _Server:
 
 
 def http(seed: int, count: int, folder: pathlib.Path) -> Attempts:
-    """Requests to one server, which answers a normal one as at first in between, keeps its memory, and ends."""
+    """Sends requests to one server, which must keep answering normal ones identically, bound its memory, and end."""
     rng, server = random.Random(f"http {seed}"), _Server(folder)
     begun = 0
     for number in range(count):
@@ -289,7 +289,7 @@ def http(seed: int, count: int, folder: pathlib.Path) -> Attempts:
         def attempt(raw: bytes = raw, complete: bool = complete, check: bool = number % 20 == 0) -> Faults:
             before = server.cpu_seconds()
             answer = answer_of(server.port, raw, SECONDS if complete else 0.3)
-            # It compiles what no request before it has needed, on a machine with other work.
+            # It may be compiling a program that no earlier request needed, on a busy machine.
             if answer is None and complete and server.cpu_seconds() - before > SECONDS / 4:
                 answer = answer_of(server.port, raw, 10 * SECONDS)
             faults = judged(answer, complete=complete)

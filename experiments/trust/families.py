@@ -63,7 +63,7 @@ def tokenizers(folder: pathlib.Path) -> Family:
         saved.append(folder / f"run{number}")
 
     def read() -> Any:
-        # Each by itself, so that one that is refused does not keep the others from being read.
+        # Each separately, so that a refused one does not prevent reading the others.
         refused = []
         for reading in (
             lambda: read_tokenizer(hf, None, {"vocab_size": 1000}),
@@ -134,7 +134,7 @@ def official(folder: pathlib.Path) -> Family:
 
 
 def _of_changed(places: list[pathlib.Path], read_one: Callable[[pathlib.Path], Any]) -> Callable[[], None]:
-    """Reads the folders that differ from what they were when they were read the last time without an error."""
+    """A function that reads the folders that have changed since they were last read without an error."""
     before: dict[pathlib.Path, Any] = {}
 
     def state(place: pathlib.Path) -> Any:
@@ -150,7 +150,7 @@ def _of_changed(places: list[pathlib.Path], read_one: Callable[[pathlib.Path], A
 
 
 def make_run(folder: pathlib.Path) -> None:
-    """The folder of a run with an untrained model, as conversions write it, and what a training leaves beside it."""
+    """Writes the folder of a run with an untrained model, like conversions do, and the files that training adds."""
     import jax
     import numpy as np
 
@@ -167,7 +167,7 @@ def make_run(folder: pathlib.Path) -> None:
     memory = dataclasses.replace(config.model.memory, table_dtype="float32")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32", memory=memory))
     parts, rng = DecoderParts.of(config.model), np.random.default_rng(0)
-    # Drawn by NumPy: compiling the initialisation would take longer than most attempts.
+    # Drawn with NumPy: compiling the initialisation would take longer than most attempts.
     draw = lambda leaf: jax.numpy.asarray(rng.normal(size=leaf.shape) / 4, leaf.dtype)
     params, tables = (jax.tree.map(draw, tree) for tree in (parts.abstract_params, parts.abstract_tables))
     write_run(folder, parts.merge(params, tables), ByteTokenizer(), config)
@@ -178,7 +178,7 @@ def make_run(folder: pathlib.Path) -> None:
 
 
 def _sealed(run: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path, Callable[[pathlib.Path], None]]:
-    """The meta document of a step and its index, and what seals both anew after one of them was changed."""
+    """The meta document and index of a step, and a function that updates their digests after a change."""
     from memjax.checkpoint.digests import text_digest
     from memjax.checkpoint.index import seal
 

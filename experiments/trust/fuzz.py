@@ -1,7 +1,8 @@
-"""Damaged and made-up files of every format that memjax reads, each read as the commands read it.
+"""Reads damaged and malicious files of every format that memjax supports, as its commands do.
 
-A family is a folder of sound files and what reads them. Every attempt changes one file, and the reader must succeed or
-refuse in words, in five seconds of computing and a gigabyte, with nothing written or started outside the folder.
+A family is a folder of sound files and their reader. Every attempt changes one file, and the reader must succeed or
+raise a proper error, within five CPU seconds and a gigabyte of memory, with nothing written or started outside the
+folder.
 """
 
 import contextlib
@@ -28,21 +29,21 @@ Attempts = Iterator[tuple[str, Callable[[], Faults]]]
 
 @dataclasses.dataclass
 class Family:
-    """Sound files, and how they are read."""
+    """Sound files and their reader."""
 
     files: list[pathlib.Path]
-    """Those that are damaged."""
+    """The files to damage."""
     read: Callable[[], Any]
     same: Callable[[Any, Any, str], str] = lambda found, right, how: ""
-    """What is wrong with a result beside that of the sound files, though nothing was refused."""
+    """Compares a result with that of the sound files, if no error was raised; returns what is wrong."""
     named: bool = False
-    """Whether a refusal must name the file."""
+    """Whether errors must name the file."""
     seal: Callable[[pathlib.Path], None] | None = None
-    """Brings the digests of other files up to date with the damaged one."""
+    """Updates digests in other files to match the damaged one."""
 
 
 def attempts(make: Callable[[pathlib.Path], Family], seed: int, count: int, folder: pathlib.Path) -> Attempts:
-    """Reads the sound files, which must succeed, and then damaged ones."""
+    """Reads the sound files, which must succeed, then yields attempts with damaged ones."""
     from memjax.errors import CheckpointError, ConfigError, DataError
 
     rng = random.Random(f"{make.__name__} {seed}")
@@ -84,7 +85,7 @@ def attempts(make: Callable[[pathlib.Path], Family], seed: int, count: int, fold
 
 
 def _change(path: pathlib.Path, sound: bytes, rng: random.Random, outside: pathlib.Path) -> str:
-    """Changes a file in one way, and says in which."""
+    """Changes a file in one way, and returns a description."""
     chance = rng.random()
     if chance < 0.04:
         return replaced(path, rng, outside)
@@ -114,7 +115,7 @@ def _bytes(text: str) -> bytes:
 
 
 def _odd_header(sound: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """A safetensors file with an odd header, or a header of another length than it says; patches have JSON in it."""
+    """A safetensors file with an odd header or a wrong header length; the headers of patches contain JSON."""
     size = int.from_bytes(sound[:8], "little")
     header = json.loads(sound[8 : 8 + size])
     inner = header.get("__metadata__", {}).get("memjax.patch")
@@ -129,7 +130,7 @@ def _odd_header(sound: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 
 def _odd_yaml(sound: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """Settings with another line, as text or as JSON, which YAML holds."""
+    """A YAML file with one odd line."""
     lines = sound.decode().splitlines()
     place = rng.randrange(len(lines))
     key = lines[place].partition(":")[0]
@@ -176,13 +177,13 @@ _WRITES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.
 
 
 class _Watch:
-    """What is written, started or connected outside a folder, and how much memory is taken, while a block runs."""
+    """Records writes, processes and connections outside a folder, and memory use, while a block runs."""
 
     def __init__(self, folder: pathlib.Path, outside: pathlib.Path) -> None:
         self._inside = (str(folder.resolve()), "/dev/", "/proc/self/", os.environ["MEMJAX_COMPILE_CACHE"])
         self._outside, self._active, self._events = outside, False, []
         self._owner = threading.get_ident()
-        # A hook stays as long as the process.
+        # Audit hooks cannot be removed.
         sys.addaudithook(self._hook)
 
     def __enter__(self) -> None:
@@ -212,7 +213,7 @@ class _Watch:
             self._events.append(f"{event} {path!r}")
 
     def faults(self) -> Faults:
-        """What was wrong with the block that ran last."""
+        """The faults of the last block."""
         found: Faults = [("other", event) for event in self._events[:3]]
         if (taken := _memory("VmHWM") - self._before) > MEMORY_BYTES:
             found.append(("other", f"{taken >> 20} MB were taken"))

@@ -1,7 +1,7 @@
-"""Damaged checkpoints and other files, read by the package in processes of many attempts; and hostile programs.
+"""Damaged checkpoints and other files, and hostile programs, attempted in processes of many attempts each.
 
-Started as a program, it makes attempts of one kind: `python harm.py KIND SEED COUNT FOLDER`, and prints a line of JSON
-before and after each, so that whoever reads them knows which one ended or held up the process.
+As a program, `python harm.py KIND SEED COUNT FOLDER LAB` makes attempts of one kind, and prints a line of JSON before
+and after each, which shows the attempt that ended or hung the process.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from lab import EVERY, QUICKLY, STEPS, Case, Lab
 from mutate import damage
 
 AT_ONCE = {"flips": 50, "sandbox": 1000, "http": 1000}
-"""Attempts of one process; 180 of other campaigns."""
+"""Attempts per process; 180 for other campaigns."""
 
 
 def cases(lab: Lab, campaign: str, count: int) -> list[Case]:
-    """The cases of a campaign; each stands for some attempts of one process."""
+    """The cases of a campaign; each comprises the attempts of one process."""
 
     at_once = AT_ONCE.get(campaign, 180)
 
@@ -62,7 +62,7 @@ def cases(lab: Lab, campaign: str, count: int) -> list[Case]:
 
 
 def flips(seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path) -> Iterator[tuple[str, Callable[[], Faults]]]:
-    """One file of the newest step is damaged, removed, or taken from the step before."""
+    """Damages or removes one file of the newest step, or replaces it with that of the previous step."""
     import jax
     import numpy as np
 
@@ -129,7 +129,7 @@ def flips(seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path) -> Ite
 def sandbox(
     seed: int, count: int, folder: pathlib.Path, lab: pathlib.Path
 ) -> Iterator[tuple[str, Callable[[], Faults]]]:
-    """Programs whose tests cannot pass."""
+    """Runs programs whose tests must not pass."""
     from memjax.evaluation.question_sets import sandbox
     from memjax.evaluation.question_sets.sandbox_launcher import PROCESSES
 
@@ -159,7 +159,7 @@ def sandbox(
 
 
 def main() -> None:
-    """Makes the attempts of one process."""
+    """Runs the attempts of one process."""
     kind, seed, count, folder, lab = sys.argv[1:]
     os.environ.setdefault("MEMJAX_COMPILE_CACHE", folder)
     place = pathlib.Path(folder)
@@ -171,7 +171,7 @@ def main() -> None:
         made = {"flips": flips, "sandbox": sandbox}[kind](int(seed), int(count), place, pathlib.Path(lab))
     for name, attempt in made:
         print(json.dumps({"begin": name}), flush=True)
-        # Nothing catches these signals: the process ends, and its last line says where.
+        # Nothing catches these signals: the process ends, and its last line shows where.
         signal.alarm(int(QUICKLY) + (140 if kind == "http" else 20))
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS if kind in FAMILIES else 0)
         try:

@@ -1,4 +1,4 @@
-"""kill -9 while facts are learned and patches applied and taken back: the model is the one before or the one after."""
+"""kill -9 while facts are learned and patches applied or reverted: the model must be the one before or after."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ from lab import Case, Lab
 FACTS = [{"prompt": "alpha beta", "answer": "gamma"}, {"prompt": "delta", "answer": "epsilon", "paraphrases": ["beta"]}]
 LEARN = ("--epochs", "2", "--replay", "2", "--rows", "8", "--background_texts", "20")
 KILLS = 5
-"""Of each case."""
+"""Kills per case."""
 _making = threading.Lock()
 
 
 def patches(lab: Lab, count: int) -> list[Case]:
-    """Kills of `learn`, `patch apply` and `patch revert` at moments spread over their length."""
+    """Kills `learn`, `patch apply` and `patch revert` at random times during their run."""
 
     def attempt(case: Case) -> None:
         with _making:
@@ -53,7 +53,7 @@ def patches(lab: Lab, count: int) -> list[Case]:
 
 
 def made(lab: Lab) -> tuple[pathlib.Path, dict[str, float]]:
-    """A patch for the undisturbed run, and the seconds that each command takes; made by the first case."""
+    """A patch for the undisturbed run, and the seconds that each command takes; created by the first case."""
     folder, times = lab.folder / "patch", lab.folder / "patch.json"
     if not times.exists():
         (lab.folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS), encoding="utf-8")
@@ -77,7 +77,7 @@ def command(lab: Lab, action: str, run: pathlib.Path, patch: pathlib.Path, out: 
 
 
 def table(run: pathlib.Path, *patches: pathlib.Path) -> np.ndarray:
-    """The rows of the run's table as `memjax.load` gives them."""
+    """The rows of the run's table, as loaded by `memjax.load`."""
     from memjax.models.parts import split_decoder
     from memjax.runs.load import load
 

@@ -1,4 +1,4 @@
-"""A tiny run, the processes that train it, and what is wrong with how they end."""
+"""A tiny run, the processes that train it, and checks of how they end."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ STEPS = 12
 EVERY = 3
 """Steps between checkpoints."""
 QUICKLY = 10.0
-"""Seconds that a process may take to end; more is a hang."""
+"""Seconds within which a process must end; longer counts as a hang."""
 
 CONFIG = f"""
 model:
@@ -58,13 +58,13 @@ class Ended:
     code: int
     output: str
     seconds: float
-    """Without those in which it waited for a core, as on a machine with other work."""
+    """Without the time spent waiting for a core on a busy machine."""
     hung: bool
 
 
 @dataclasses.dataclass
 class Case:
-    """One attempt; what is wrong is noted in it while it runs."""
+    """One attempt, which records its faults while it runs."""
 
     campaign: str
     name: str
@@ -82,21 +82,21 @@ class Case:
 
     @property
     def faults(self) -> int:
-        """All of them."""
+        """Number of all faults."""
         return self.lost + self.wrong + self.hung + self.tracebacks + self.other
 
     @property
     def random(self) -> random.Random:
-        """The same numbers for the same seed."""
+        """A generator that depends only on campaign, name and seed."""
         return random.Random(f"{self.campaign} {self.name} {self.seed}")
 
     def note(self, kind: str, text: str) -> None:
-        """Counts a fault and keeps what it was."""
+        """Counts a fault and keeps its description."""
         setattr(self, kind, getattr(self, kind) + 1)
         self.notes.append(f"{kind}: {text[-2000:]}")
 
     def check(self, ended: Ended, codes: Sequence[int], what: str) -> bool:
-        """Whether a process ended in time, without a traceback and with one of the codes; a fault is noted."""
+        """Whether a process ended in time, without a traceback and with one of the codes; records a fault otherwise."""
         before = self.faults
         if ended.hung:
             self.note("hung", f"{what}: still there\n{ended.output}")
@@ -129,13 +129,13 @@ class Lab:
         }
         self.seconds = 0.0
         self.repeats = True
-        """Whether two undisturbed runs are equal: on GPUs they need not be, and then values are not compared."""
+        """Whether two undisturbed runs are equal; if not, as can happen on GPUs, values are not compared."""
         self._stopped = False
         self._running: set[int] = set()
         self._guard = threading.Lock()
 
     def prepare(self) -> None:
-        """Makes the undisturbed run, twice: the second start takes what the first has compiled."""
+        """Makes the undisturbed run twice; the second start uses programs compiled by the first."""
         for name in ("first", "reference"):
             ended = self.train(self.folder / name)
             if ended.code != 0:
@@ -146,7 +146,7 @@ class Lab:
         self.repeats = (rows, digests) == (self.rows, self.digests)
 
     def copy(self, target: pathlib.Path, *, steps: int = STEPS) -> pathlib.Path:
-        """A copy of the undisturbed run, as if it had been killed after so many steps."""
+        """A copy of the undisturbed run, as if it had been killed after `steps` steps."""
         shutil.copytree(self.folder / "reference", target)
         if steps < STEPS:
             (target / "summary.json").unlink()
@@ -165,7 +165,7 @@ class Lab:
         ]
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        """Starts a process in a session of its own."""
+        """Starts a process in its own session."""
         if self._stopped:
             raise Skipped("interrupted")
         process = subprocess.Popen(
@@ -185,7 +185,7 @@ class Lab:
         return process
 
     def end(self, process: subprocess.Popen[str], seconds: float | None = None, read: str = "") -> Ended:
-        """Waits for a process; one that is not gone in time is killed with its group."""
+        """Waits for a process, which is killed with its group if it does not end in time."""
         limit = self.patience if seconds is None else seconds
         started, begin, waited, hung = time.monotonic(), _waits(process.pid), 0.0, False
         while True:
@@ -208,7 +208,7 @@ class Lab:
         return self.end(self.start(self.command(run, *more), **options))
 
     def stop(self) -> None:
-        """Kills whatever still runs; nothing is started any more."""
+        """Kills all running processes, and prevents new ones."""
         self._stopped = True
         for pid in list(self._running):
             self._kill(pid)
@@ -227,14 +227,14 @@ class Lab:
 
     @staticmethod
     def result(run: pathlib.Path) -> tuple[list[dict[str, Any]], Any]:
-        """The rows without times, and the digests of all arrays of the last step."""
+        """The metrics rows without times, and the digests of all arrays of the last step."""
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         rows = [{name: value for name, value in row.items() if not name.startswith("throughput/")} for row in rows]
         stored = json.loads((run / "checkpoints" / str(STEPS) / "digests" / "metadata").read_text(encoding="utf-8"))
         return rows, stored["index"]["arrays"]
 
     def finish(self, case: Case, run: pathlib.Path, what: str) -> None:
-        """Gives the same command again, and compares the finished run with the undisturbed one."""
+        """Runs the same command again, and compares the finished run with the undisturbed one."""
         had = self.steps(run)
         ended = self.train(run)
         if case.check(ended, [0], f"{what}, then the same command"):
@@ -243,14 +243,14 @@ class Lab:
 
     @staticmethod
     def check_resumed(case: Case, had: list[int], ended: Ended, what: str) -> None:
-        """Notes a start that went on from an older step than the newest that was saved before it."""
+        """Records a fault if a start resumed from an older step than the newest saved one."""
         resumed = [line for line in ended.output.splitlines() if line.startswith("resumed from step ")]
         went_on = int(resumed[0].split()[-1]) if resumed else STEPS if "is already finished" in ended.output else 0
         if had and went_on < had[-1]:
             case.note("lost", f"{what}: step {had[-1]} was saved, the run went on from {went_on}\n{ended.output}")
 
     def compare(self, case: Case, run: pathlib.Path, what: str) -> None:
-        """Notes where a finished run differs from the undisturbed one."""
+        """Records how a finished run differs from the undisturbed one."""
         try:
             rows, digests = self.result(run)
         except (OSError, ValueError, KeyError) as error:
@@ -268,7 +268,7 @@ class Lab:
 
 
 def _waits(pid: int) -> dict[str, float]:
-    """Seconds for which each thread of a process was ready and had no core (Linux only)."""
+    """Seconds that each thread of a process was runnable but had no core (Linux only)."""
     waits = {}
     for path in pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with contextlib.suppress(OSError, IndexError, ValueError):

@@ -1,4 +1,4 @@
-"""Attempts on the life of a run: kills, signals, a second process, full and read-only disks."""
+"""Interrupts a run by kills, signals, a second process, and full or read-only disks."""
 
 import contextlib
 import os
@@ -23,11 +23,11 @@ PHASES = {
     "last step": "step 12/",
     "closing": "finished:",
 }
-"""Phases of a run, and the beginning of the line (after its time, if it has one) that shows each."""
+"""Phases of a run, and the beginning of the line (after any timestamp) that marks each."""
 
 
 def kills(lab: Lab, count: int) -> list[Case]:
-    """kill -9 up to six times in one run, at moments spread over its length, then one start that finishes it."""
+    """Kills one run with -9 up to six times at random times, then finishes it with one more start."""
 
     def attempt(case: Case) -> None:
         run, random = lab.folder / f"kill{case.seed}", case.random
@@ -49,9 +49,9 @@ def kills(lab: Lab, count: int) -> list[Case]:
 
 
 def signals(lab: Lab, rounds: int) -> list[Case]:
-    """A signal in every phase of one run, which each start resumes; the same command then finishes it.
+    """Sends a signal in every phase of one run, which each start resumes; the same command then finishes it.
 
-    A round of seven runs brings every signal in every phase.
+    A round of seven runs covers every signal in every phase.
     """
     names = [*SIGNALS, "INT flood"]
 
@@ -67,7 +67,7 @@ def signals(lab: Lab, rounds: int) -> list[Case]:
 
 
 def interrupt(lab: Lab, case: Case, run: pathlib.Path, name: str, phase: str) -> None:
-    """Sends a signal, or a flood of them, to a run that has come to a phase."""
+    """Sends a signal, or a flood of them, to a run that has reached a phase."""
     what, had = f"SIG{name} in {phase}", lab.steps(run)
     process = lab.start(lab.command(run))
     read = wait_for_line(process, PHASES[phase], lab.patience)
@@ -77,7 +77,7 @@ def interrupt(lab: Lab, case: Case, run: pathlib.Path, name: str, phase: str) ->
     for each in flood:
         process.send_signal(each)
     ended = lab.end(process, QUICKLY + lab.seconds, read)
-    # Before the commands have their handlers, signals have their usual effect.
+    # Before handlers are installed, signals have their default effect.
     codes = [0, 75, 130] + ([-int(each) for each in flood] if phase == "imports" else [])
     if ended.seconds > QUICKLY + (0.5 * lab.seconds if phase in ("imports", "closing") else 0):
         case.note("hung", f"{what}: {ended.seconds:.1f} s\n{ended.output}")
@@ -88,7 +88,7 @@ def interrupt(lab: Lab, case: Case, run: pathlib.Path, name: str, phase: str) ->
 
 
 def wait_for_line(process: subprocess.Popen[str], mark: str | None, seconds: float) -> str:
-    """What a process prints until a line begins with the mark, which may stand behind a time."""
+    """The output of a process up to a line that begins with the mark, possibly after a timestamp."""
     deadline, read = time.monotonic() + seconds, ""
     assert process.stdout is not None
     while mark is not None and time.monotonic() < deadline:
@@ -100,7 +100,7 @@ def wait_for_line(process: subprocess.Popen[str], mark: str | None, seconds: flo
 
 
 def two(lab: Lab, count: int) -> list[Case]:
-    """The same command a second time while the first runs: one of the two trains, the other refuses."""
+    """Runs the same command a second time while the first runs: one of them must train, the other refuse."""
 
     def attempt(case: Case) -> None:
         run, delay = lab.folder / f"two{case.seed}", case.seed / max(count - 1, 1) * lab.seconds
@@ -118,7 +118,7 @@ def two(lab: Lab, count: int) -> list[Case]:
 
 
 def disk(lab: Lab, count: int) -> list[Case]:
-    """A file system that fills up at every size, one that becomes read-only, and files of limited size."""
+    """File systems of various sizes that fill up, read-only ones, and limited file sizes."""
     needed = sum(path.stat().st_size for path in (lab.folder / "reference").rglob("*") if path.is_file()) * 2 >> 10
 
     def full(case: Case) -> None:
@@ -149,7 +149,7 @@ def disk(lab: Lab, count: int) -> list[Case]:
 
     def limited(case: Case) -> None:
         size, run = (1 << 10) * 4 ** (case.seed % 5), lab.folder / f"limited{case.seed}"
-        # The kernel's signal for files that are too large would end the process before Python sees an error.
+        # Python ignores SIGXFSZ, so that a file that is too large is an OSError.
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         ended = lab.train(run, preexec_fn=limit)
         case.check(ended, [0, 2, 4], f"files of {size} bytes at most")
@@ -165,7 +165,7 @@ def disk(lab: Lab, count: int) -> list[Case]:
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, kilobytes: int) -> Iterator[pathlib.Path]:
-    """A file system in memory of so many kilobytes."""
+    """Mounts an in-memory file system of the given size."""
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)], capture_output=True, check=False
@@ -179,14 +179,14 @@ def small_disk(folder: pathlib.Path, kilobytes: int) -> Iterator[pathlib.Path]:
 
 
 def remount(folder: pathlib.Path, options: str) -> None:
-    """Changes a mounted file system."""
+    """Changes the options of a mounted file system."""
     done = subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], capture_output=True, check=False)
     if done.returncode:
         raise Skipped(f"remount {options}: {done.stderr.decode(errors='replace').strip()}")
 
 
 def wait_for_step(lab: Lab, run: pathlib.Path, step: int) -> None:
-    """Waits until a step is saved, or as long as a case may take."""
+    """Waits until a step is saved, or the lab's patience runs out."""
     deadline = time.monotonic() + lab.patience
     while time.monotonic() < deadline and step not in lab.steps(run):
         time.sleep(0.01)

@@ -1,11 +1,11 @@
-"""Ten patches of invented people, alone, added up, and learned together: what of each is left.
+"""Measures how much is kept of ten patches about invented people: alone, summed, and learned together.
 
-    python experiments/trust/merging.py                  # about ten minutes on two CPU cores, its training included
-    python experiments/trust/merging.py --run RUN        # of a quick start that is there already
+    python experiments/trust/merging.py                  # about ten minutes on two CPU cores, including training
+    python experiments/trust/merging.py --run RUN        # with an existing run of the quick start
     python experiments/trust/merging.py --small          # a minute: shows that it runs
 
-Trains the quick start with 65,536 slots and lets `memjax.learn` make patches of ten files of twelve facts. They are
-added up as by `patch merge --conflicts sum`, and given to `memjax.learn` in the place of the files. The result is a
+Trains the quick start with 65,536 slots, and makes patches from ten files of twelve facts with `memjax.learn`. They are
+summed, as by `patch merge --conflicts sum`, and also passed to `memjax.learn` in place of the files. The result is a
 JSON file.
 """
 
@@ -48,7 +48,7 @@ SMALL = (
 )
 HELD_OUT = ("--held_out_questions", "20")
 OLD = 400
-"""Questions of the training that are asked again."""
+"""Maximum number of training questions that are asked again."""
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def measure(run: pathlib.Path, count: int, each: int, words: Sequence[str], work: pathlib.Path) -> dict[str, Any]:
-    """Makes the patches and merges them."""
+    """Makes and merges the patches, and measures all of them."""
     strangers, files, patches = people(run, count * each), [], []
     began = time.perf_counter()
     for number in range(count):
@@ -131,14 +131,14 @@ def measure(run: pathlib.Path, count: int, each: int, words: Sequence[str], work
 
 
 def people(run: pathlib.Path, count: int) -> list[biographies.Person]:
-    """People of whom the run's training has told nothing."""
+    """People that do not occur in the run's training data."""
     known_names = {person.name for person in biographies.people(read_config(run).data.biographies)}
     others = biographies.people(BiographiesConfig(seed=77))
     return [person for person in others if person.name not in known_names][:count]
 
 
 def facts_about(person: biographies.Person) -> list[dict[str, Any]]:
-    """Six facts in all wordings of the training, the test's question first."""
+    """The six facts in all training wordings, the test question first."""
     facts = []
     for attribute in biographies.attribute_names:
         wordings = (*biographies.QUESTIONS[attribute], *biographies.STATEMENTS[attribute])
@@ -154,14 +154,14 @@ def rows_of(patch: Patch) -> np.ndarray:
 
 
 def rate(run: pathlib.Path, patches: list[str], file: pathlib.Path) -> float:
-    """Share of a file's questions that the run answers with some patches."""
+    """Share of a file's questions that the run answers with the given patches."""
     found = load(run, patches=patches)
     questions = [fact.question for fact in read_facts(str(file), "FACTS") if fact.question]
     return known(found.model, found.tokenizer, questions, length=found.config.data.sequence_length)
 
 
 def old_rate(run: pathlib.Path, patches: list[str]) -> float:
-    """The same of the questions that training asks."""
+    """The same for questions from the training data."""
     found = load(run, patches=patches)
     asked = biographies.questions(found.config.data.biographies, True)
     records = [(Segment(one.prompt, False), Segment(one.answer, True)) for one in asked[:: max(1, len(asked) // OLD)]]

@@ -1,4 +1,4 @@
-"""Damage: bytes that differ in one place, JSON with one odd value, files that are no files."""
+"""Damages files: bytes that differ in one place, JSON with one odd value, and things that are not files."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ _MARK = "\x02raw\x02"
 
 
 def damage(data: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """Bytes that differ from others in one way."""
+    """Damages bytes in one way; returns a description and the result."""
     place = rng.randrange(max(1, len(data)))
     match rng.randrange(7):
         case 0 | 1 | 2 if data:
@@ -39,13 +39,13 @@ def damage(data: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 
 def odd_json(document: Any, rng: random.Random) -> tuple[str, str]:
-    """The text of a document in which one value, one name or one entry is another."""
+    """Changes one value, name or entry of a document; returns a description and the text."""
     document = copy.deepcopy(document)
     places = list(_places(document))
     if not places or rng.random() < 0.03:
         raw = rng.choice([*_RAW, *map(json.dumps, _ODD), "", " ", "\ufeff{}"])
         return f"all of it is {raw[:40]}", raw
-    # Deep places are many, those near the top decide more.
+    # Most places are deep, but those near the top matter more.
     depth = rng.randint(1, max(len(path) for path, _, _ in places))
     path, holder, key = rng.choice([place for place in places if len(place[0]) <= depth])
     where, raw = ".".join(path)[:200], None
@@ -78,7 +78,7 @@ def odd_json(document: Any, rng: random.Random) -> tuple[str, str]:
 
 
 def _places(node: Any, path: tuple[str, ...] = ()) -> Any:
-    """Of every value in a document its path, what holds it, and under which key."""
+    """Yields the path, the container and the key of every value in a document."""
     if isinstance(node, dict | list):
         for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
             yield (*path, str(key)), node, key
@@ -86,7 +86,7 @@ def _places(node: Any, path: tuple[str, ...] = ()) -> Any:
 
 
 def replaced(path: pathlib.Path, rng: random.Random, outside: pathlib.Path) -> str:
-    """Puts something else in the place of a file: nothing, a folder, a pipe, a link; says what."""
+    """Replaces a file with nothing, a folder, a pipe or a link; returns a description."""
     path.unlink()
     match rng.randrange(7):
         case 0:

@@ -1,4 +1,4 @@
-"""What is promised, and the figures that were reached: of campaigns, of tests, and on a GPU."""
+"""The guarantees, and the results that support them: of campaigns, of tests, and on a GPU."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ from records import RECORDS
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 ON_GPU = "bits-on-gpu"
-"""Results of runs that should be equal begin with it."""
+"""Prefix of result files of runs that should be equal."""
 
 _STEP, _EXACT = "tests/training/test_step.py", "tests/training/test_step_float64.py"
 _LOADER, _SEARCH = "tests/data/test_loader.py", "tests/ops/test_product_key_search.py"
@@ -96,11 +96,11 @@ PROMISES = {
     "R29": ("wrong settings end with code 2 and a hint", "settings tests/config/test_load_errors.py"),
     "R30": ("runs of earlier versions load and resume", "tests/end_to_end/test_golden_runs.py"),
 }
-"""What is promised, and the campaigns that attack it, the tests that hold it, or the result of a GPU."""
+"""The guarantees, each with the campaigns that attack it, the tests that enforce it, or results on a GPU."""
 
 
 def promises(done: list[Case], tests: dict[str, dict[str, int]]) -> str:
-    """What is promised, with the figures that were reached, as a Markdown table."""
+    """The guarantees with their results, as a Markdown table."""
     lines = ["| | Promise | Reached |", "|---|---|---|"]
     for number, (claim, where) in PROMISES.items():
         words = where.split()
@@ -125,7 +125,7 @@ def _tested(name: str, counts: dict[str, int] | None) -> str:
 
 
 def on_gpu() -> str:
-    """What the results of `bits-on-gpu*.json` say of runs that should be equal."""
+    """Summary of `bits-on-gpu*.json`, the results of runs that should be equal."""
     keys, shown = ("steps compared", "steps that differ", "arrays that differ"), []
     for path in sorted(RESULTS.glob(f"{ON_GPU}*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +137,7 @@ def on_gpu() -> str:
 
 
 def run_tests(jobs: int) -> dict[str, dict[str, int]]:
-    """Runs the tests that hold promises; the numbers of those that passed and failed, by their names above."""
+    """Runs the tests that enforce guarantees; returns the numbers that passed and failed, by name."""
     names = sorted({word for _, where in PROMISES.values() for word in where.split() if word.startswith("tests/")})
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "tests.xml"

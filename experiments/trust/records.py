@@ -1,4 +1,4 @@
-"""The families of files that hold records."""
+"""The families of files with records."""
 
 import bz2
 import gzip
@@ -17,7 +17,7 @@ HALF = LINES.index(b"\n", len(LINES) // 2) + 1
 
 
 def _data(files: dict[str, bytes], *, sealed: bool) -> Callable[[pathlib.Path], Family]:
-    """Files of records; those with checksums give every record or an error."""
+    """A family of record files; sealed ones, with checksums, must give every record or an error."""
 
     def make(folder: pathlib.Path) -> Family:
         from memjax.data.sources.stream import RecordFiles
@@ -29,7 +29,7 @@ def _data(files: dict[str, bytes], *, sealed: bool) -> Callable[[pathlib.Path], 
         read = lambda: [[record.text for record, *_ in RecordFiles(str(path), "data.path")] for path in paths]
 
         def same(found: Any, right: Any, how: str) -> str:
-            # An empty or other file is no damaged one, nor is one of the two streams by itself.
+            # An empty or different file does not count as damaged, nor does one of the two streams by itself.
             is_other = how.startswith(("a link", "empty", "missing")) or how in halves
             return "" if found == right or not sealed or is_other else "records are missing or others"
 
@@ -127,16 +127,16 @@ def prepared(folder: pathlib.Path) -> Family:
 
     def read() -> Any:
         reader = open_prepared(place, corpus, tokenizer)
-        # A manifest may say any number of records.
+        # A damaged manifest may claim any number of records.
         numbers = range(min(len(reader), 100))
         return [pairs.tolist() for pairs in reader(numbers, np.random.default_rng(0)).split()]
 
     (data,) = place.glob("*.array_record")
-    # Of records the manifest says how many there are.
+    # The number of records comes from the manifest.
     same = lambda found, right, how: "" if all(a == b for a, b in zip(found, right, strict=False)) else "other ids"
     return Family([data, place / "manifest.json"], read, same)
 
 
 RECORDS = {make.__name__: make for make in (lines, gz, xz, bz, zst, parquet, arrow, array_record, prepared)}
 UNSEALED = ("lines", "zst", "parquet", "arrow")
-"""Those without a checksum over everything: damage may leave another sound file."""
+"""Families without a checksum over the whole file: damage may result in another sound file."""

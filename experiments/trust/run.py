@@ -1,13 +1,14 @@
-"""Attacks on runs and on what memjax reads, counted: what was lost, silently wrong, hung or ended in a traceback.
+"""Attacks runs and the files that memjax reads, and counts what is lost, silently wrong, hung or ends in a traceback.
 
     python experiments/trust/run.py --small                       # one case each, two minutes
     python experiments/trust/run.py --jobs 12 --seconds 600       # as many as fit into ten minutes
-    python experiments/trust/run.py --only kills,flips --jobs 4   # some campaigns alone
-    python experiments/trust/run.py --tests                       # the tests that hold what no campaign attacks
-    python experiments/trust/run.py --report results/*.json       # the tables of what was kept
+    python experiments/trust/run.py --only kills,flips --jobs 4   # only some campaigns
+    python experiments/trust/run.py --tests                       # the tests of guarantees that no campaign attacks
+    python experiments/trust/run.py --report results/*.json       # the tables of stored results
 
-All of it happens in a temporary folder, on the devices that JAX_PLATFORMS names (a CPU by default). As root, full and
-read-only disks are tried too. Cases take turns, so any time gives some of each. The exit code is 1 if anything failed.
+Everything happens in a temporary folder, on the devices in JAX_PLATFORMS (a CPU by default). As root, full and
+read-only disks are also tried. Campaigns take turns, so any amount of time covers all of them. The exit code is 1 if
+anything failed.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from memjax.io.files import write_atomic  # noqa: E402
 
 
 def _claim(make: Callable[..., object]) -> str:
-    """What a family of files is, and what must happen to a damaged one."""
+    """Describes a family of files, and what must happen to damaged ones."""
     what = (make.__doc__ or "").strip().removesuffix(".")
     name = make.__name__
     outcome = "refused in words" if name not in RECORDS else "the file is named"
@@ -86,12 +87,12 @@ SMALL = {
     **dict.fromkeys(FAMILIES, 12),
 }
 NO_RUN = {"sandbox", "http", *FAMILIES}
-"""Campaigns that need no trained run."""
+"""Campaigns that do not need a trained run."""
 COUNTS = ("tried", "lost", "wrong", "hung", "tracebacks", "other")
 
 
 def cases_of(lab: Lab, campaign: str, *, small: bool) -> list[Case]:
-    """The cases of a campaign, in the order in which they are tried."""
+    """The cases of a campaign, in order."""
     count = (SMALL if small else FULL)[campaign]
     match campaign:
         case "kills":
@@ -108,7 +109,7 @@ def cases_of(lab: Lab, campaign: str, *, small: bool) -> list[Case]:
 
 
 def run(lab: Lab, case: Case) -> Case:
-    """Tries a case; its own errors count as faults."""
+    """Runs a case; its own errors count as faults."""
     started = time.monotonic()
     try:
         case.attempt(case)
@@ -121,7 +122,7 @@ def run(lab: Lab, case: Case) -> Case:
 
 
 def all_cases(lab: Lab, campaigns: list[str], jobs: int, seconds: float, *, small: bool) -> list[Case]:
-    """Tries cases of all campaigns in turn until the time is up."""
+    """Runs cases of all campaigns in turn until time is up."""
     queues = [cases_of(lab, name, small=small) for name in campaigns]
     waiting = iter([case for turn in itertools.zip_longest(*queues) for case in turn if case is not None])
     done: list[Case] = []
@@ -165,7 +166,7 @@ def table(done: list[Case], campaigns: list[str]) -> str:
 
 
 def report(done: list[Case], campaigns: list[str], tests: dict[str, dict[str, int]]) -> str:
-    """Both tables, and what could not be tried."""
+    """Both tables, and the skipped cases."""
     parts = [promises(done, tests), table(done, campaigns)]
     by_reason = sorted((case.skipped, case.name) for case in done if case.skipped)
     for reason, skipped in itertools.groupby(by_reason, lambda pair: pair[0]):
@@ -174,7 +175,7 @@ def report(done: list[Case], campaigns: list[str], tests: dict[str, dict[str, in
 
 
 def read_results(paths: list[pathlib.Path]) -> str:
-    """The report of results that were kept."""
+    """The report of stored results."""
     done, tests = [], {}
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -184,7 +185,7 @@ def read_results(paths: list[pathlib.Path]) -> str:
 
 
 def machine() -> dict[str, str | int | None]:
-    """Where this was tried."""
+    """Machine, commit and package versions."""
     versions = {}
     for package in ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -225,7 +226,7 @@ def main() -> int:
     if unknown := [name for name in campaigns if name not in CAMPAIGNS]:
         parser.error(f"--only: there is no {', '.join(unknown)}; there are {', '.join(CAMPAIGNS)}")
     campaigns = [name for name in CAMPAIGNS if name in campaigns]
-    # Ends as Ctrl-C does: with everything that runs killed, unmounted and removed.
+    # Ends like Ctrl-C: everything running is killed, unmounted and removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="memjax-trust-"))
     lab = Lab(folder, options.patience, options.workers)
