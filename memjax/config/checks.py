@@ -117,13 +117,10 @@ def one_of(known: Sequence[str], **fields: Any) -> list[str]:
 
 
 def typed(config: Any, section: str | None = None) -> None:
-    """Checks the types of a config's values, as parsing a file does.
+    """Raises ValueError unless every field of a config holds a value of its type, as parsing a file does.
 
     Nested sections check their own fields; types without a rule here are not checked. `section` is the config's path in
     a run's config, to recognise renamed values.
-
-    Raises:
-        ValueError: a word is unknown, or a value has the wrong type.
     """
     problems: list[str] = []
     for name, kind in field_types(type(config)).items():

@@ -38,18 +38,12 @@ def batches(
     with_sources: bool = False,
     shard: slice = slice(None),
 ) -> grain.IterDataset[Batch]:
-    """Batches of num_rows rows; an incomplete last batch is padded with empty rows.
+    """Batches of num_rows rows, from the records in the order of `numbers`; empty rows pad the last batch.
 
-    Args:
-        numbers: the record numbers, in training order.
-        read: reads records by number.
-        packing: none truncates records to sequence_length pairs; the others split them over rows and lose nothing.
-        sequence_length: pairs in a row.
-        num_rows: rows in a batch.
-        document_mask: whether each record of a row has its own segment and positions; otherwise a row is one text.
-        seed: chooses the wordings of the records, and orders the rows that first_fit fills together.
-        with_sources: add the part of a mixture that each token is from.
-        shard: the blocks of records to read, for one of several workers.
+    Packing "none" truncates records to sequence_length pairs; the others split them over rows and lose nothing. With
+    document_mask each record of a row has its own segment and positions; otherwise a row is one text. The seed chooses
+    the wordings of records, and orders the rows that first_fit fills together. One of several workers reads only the
+    blocks of its `shard`.
     """
     size = num_rows if packing == "none" else _BLOCK
     blocks = grain.MapDataset.source(_Blocks(numbers, size))

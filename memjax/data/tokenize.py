@@ -40,14 +40,9 @@ def make_block(
     num_segments: Int[np.ndarray, " records"],
     tokenizer: Tokenizer,
 ) -> Block:
-    """The pairs of records, with BOS and EOS tokens added.
+    """The pairs of records, from the ids of all their segments end to end, with BOS and EOS tokens added.
 
-    Args:
-        ids: the ids of all segments, end to end.
-        lengths: number of ids of each segment.
-        learned: whether each segment is learned.
-        num_segments: segments of each record; a record without any has no pairs.
-        tokenizer: provides the BOS and EOS ids.
+    A record without segments has no pairs.
     """
     ends = np.cumsum(num_segments)
     num_ids = np.diff(edges(lengths)[edges(num_segments)])

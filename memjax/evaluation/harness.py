@@ -83,16 +83,9 @@ def task_report(
 ) -> dict[str, Any]:
     """Evaluates a model on tasks; returns lm-eval's results, with versions and hashes of the tasks, as JSON values.
 
-    `zeroed` holds the results with the tables zeroed, which frees the model's own tables.
-
-    Args:
-        model: the model.
-        tasks: their names.
-        folder: a folder of YAML task files; only these tasks are then known.
-        limit: at most this many documents per task.
-        shots: few-shot examples before each document; None: the task's own number.
-        zero_tables: measure again with the tables zeroed, if there are any.
-        keep: called with every document and its answer, as JSON values.
+    At most `limit` documents of each task are asked, after `shots` examples (None: the task's own number); `keep` is
+    called with every document and its answer. With zero_tables `zeroed` holds the results with the tables zeroed, which
+    frees the model's own tables. See `load_tasks` for `folder`.
 
     Raises:
         ConfigError: a task is unknown.
@@ -129,12 +122,10 @@ def _shown(number: float | int) -> str:
 
 
 def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> TaskDict:
-    """Loads tasks for lm-eval's evaluator.
+    """Loads tasks, given by names or patterns of names, for lm-eval's evaluator.
 
-    Args:
-        tasks: their names, or patterns of names.
-        folder: a folder of YAML task files; only these tasks are then known.
-        section: prefix of the settings' names in messages, with its dot.
+    With a folder of YAML task files only these tasks are known. `section` with its dot is the prefix of the settings'
+    names in messages.
 
     Raises:
         ConfigError: a task is unknown, or there is no such folder.

@@ -122,10 +122,10 @@ def fact_report(
     `majority_guess` and `samples`; with memory layers also `zeroed_accuracy` and `zeroed_by_attribute`.
 
     Args:
-        model: the model.
+        model: a model of biographies.
         tokenizer: the one it was trained with.
-        config: the run's data.
-        limit_people: at most this many people of each kind; None for all.
+        config: the data it was trained on.
+        limit_people: at most this many people of each group; None for all.
         batch_size: questions per batch; under a mesh, a multiple of its devices.
         place: puts a batch on the devices.
         zeroed: ask again with the model's tables zeroed.

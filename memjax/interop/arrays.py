@@ -33,11 +33,7 @@ def common_type(names: Iterable[str], place: str) -> Literal["float32", "bfloat1
 
 
 def compare_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any], head: str) -> None:
-    """Refuses arrays that are not those of a model; `head` is the first line of the message.
-
-    Raises:
-        CheckpointError: arrays are missing, left over, or of other shapes.
-    """
+    """Raises CheckpointError for arrays that are missing, left over or of another shape; `head` begins the message."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not part of this model" for name in found if name not in wanted]
     problems += [

@@ -23,11 +23,7 @@ _LEARNING_RATE = 2e-5
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, place: str) -> None:
-    """Refuses a tokenizer that cannot be the model's.
-
-    Raises:
-        CheckpointError: it has more tokens than the model has embeddings.
-    """
+    """Raises CheckpointError for a tokenizer with more tokens than the model has embeddings."""
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"{place}: vocab_size={model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the tokenizer; "

@@ -76,16 +76,9 @@ def learn(
 ) -> Decoder:
     """Learns facts by changing rows of the tables and nothing else; returns a new model.
 
-    Args:
-        model: the model; it is not modified.
-        tokenizer: the one it was trained with.
-        facts: what to learn.
-        background: how common every slot is in other text.
-        recipe: the hyperparameters.
-        longest: most tokens per row of a batch; longer texts are split.
-        known: background texts, from which `recipe.replay` are drawn for every batch.
-        after_epoch: called with the epoch (from 1), its mean loss and the model after it, whose tables the next epoch
-            overwrites; returning true stops the learning.
+    Texts are split into rows of at most `longest` tokens. `known` holds background texts, of which `recipe.replay` are
+    drawn for every batch. `after_epoch` is called with the epoch (from 1), its mean loss and the model after it, whose
+    tables the next epoch overwrites; returning true stops the learning.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.

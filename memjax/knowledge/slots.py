@@ -50,14 +50,7 @@ def count_texts(
     length: int,
     batch_size: int = 32,
 ) -> Background:
-    """Counts, for every slot, how many windows of the texts read it.
-
-    Args:
-        model: the model.
-        tokenizer: the one it was trained with.
-        records: the texts.
-        length: tokens per window.
-        batch_size: windows per batch.
+    """Counts, for every slot, how many windows of `length` tokens of the texts read it.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -144,19 +137,10 @@ def slot_report(
     promoted: int = 10,
     most: int | None = None,
 ) -> SlotReport:
-    """Finds the contexts of a corpus that read a slot most, and the tokens that it promotes there.
+    """Finds the contexts of a corpus that read a slot of a layer (such as L4) most, and the tokens it promotes there.
 
-    Args:
-        model: the model.
-        tokenizer: the one it was trained with.
-        records: the corpus, cut into windows.
-        layer: its name, such as L4.
-        slot: index of the row.
-        length: tokens per window.
-        batch_size: windows per batch.
-        contexts: number of contexts to return.
-        promoted: number of promoted tokens to return.
-        most: at most this many windows are read; None for all.
+    The first `most` windows of `length` tokens are read (None: all). `contexts` and `promoted` are how many of each to
+    return.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.

@@ -55,13 +55,7 @@ class Trace:
 
 
 def trace(model: Decoder, prompt: Sequence[int], answer: Sequence[int] = (), *, guesses: int = 5) -> Trace:
-    """Traces a prompt, and optionally an answer, through a model.
-
-    Args:
-        model: the model.
-        prompt: token ids, at least one.
-        answer: token ids of the continuation whose logits are explained; empty: the likeliest token.
-        guesses: number of likeliest tokens to return for each position.
+    """Traces a prompt through a model, and explains the logits of an answer or, without one, of the likeliest token.
 
     Raises:
         ValueError: a token id is outside the vocabulary.

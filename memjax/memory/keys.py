@@ -131,11 +131,7 @@ _search = alike_over_tensor(product_key_search)
 
 
 def check_width(layer: str, x: Float[Array, "*b width"], dim: int) -> None:
-    """Checks that activations are floating-point numbers of the layer's width.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raises ValueError unless x holds floating-point numbers of the layer's width."""
     require(layer, x.ndim >= 1 and x.shape[-1] == dim, f"x must be [..., {dim}]", x=x)
     require(layer, jnp.issubdtype(x.dtype, jnp.floating), "x must be floating-point numbers", x=x)
 

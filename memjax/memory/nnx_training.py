@@ -300,11 +300,7 @@ def _named(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
 
 
 def _trainable(name: str, table: ValueTable) -> Float[Array, "n d"]:
-    """The rows of a table.
-
-    Raises:
-        TypeError: it is read-only.
-    """
+    """The rows of a table; TypeError if it is read-only."""
     rows = table.table
     if isinstance(rows, Table):
         raise TypeError(
@@ -315,11 +311,7 @@ def _trainable(name: str, table: ValueTable) -> Float[Array, "n d"]:
 
 
 def _check_read(rows: dict[str, Any], reads: dict[str, Any]) -> None:
-    """Checks that every table would be trained.
-
-    Raises:
-        ValueError: a table was not read, one that was read is not the model's, or layers are stacked.
-    """
+    """Raises ValueError for a table that would not be trained or is not the model's, and for stacked layers."""
     if stacked := [
         name for name, calls in reads.items() for of_call in calls for read in of_call if read.indices.ndim != 2
     ]:

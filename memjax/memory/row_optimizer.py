@@ -83,15 +83,9 @@ class RowOptimizer:
         step: ArrayLike,
         ok: ArrayLike = True,
     ) -> tuple[Float[Array, "n d"], TableState]:
-        """A table's rows and state, updated by the gradients of all of its reads together.
+        """A table's rows and state, updated by the gradients of all of its reads together, or by their sum (`add`).
 
-        Args:
-            name: name of the table; the random bits of its rounding depend on it.
-            rows: the table's rows.
-            state: its optimizer state, initially from `init`.
-            gradients: those of all reads of the table, or their sum by `add`.
-            step: index of the step, from 0.
-            ok: if False, nothing changes.
+        Steps count from 0. The random bits of the rounding depend on the table's name. If not `ok`, nothing changes.
         """
         now = row_step(self.rate(step), step, ok=ok, seed=zlib.crc32(f"{self.seed} {name}".encode()))
         kernels = {"collective": self.collective, "implementation": self.implementation}

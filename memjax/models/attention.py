@@ -61,15 +61,9 @@ class Attention(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """Draws the projections.
+        """Draws the projections of a block, given by its index, as some blocks may have no rotary positions.
 
-        Args:
-            config: the model's config.
-            layer: index of the block; some blocks may have no rotary positions.
-            dtype: type of activations.
-            param_dtype: type of parameters.
-            implementation: one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run.
-            rngs: source of the `params` key.
+        `implementation` is one of `dot_product.IMPLEMENTATIONS`; None takes the fastest that can run.
         """
         self.implementation = implementation
         heads, kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_width

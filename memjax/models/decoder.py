@@ -240,16 +240,9 @@ def draw_block(
     implementation: str | None = None,
     attention: str | None = None,
 ) -> Block:
-    """A block with fresh parameters.
+    """A block with fresh parameters. Its index `layer` determines its kind, `number` (None: the same) its draws.
 
-    Args:
-        config: sizes and types.
-        layer: index of the block that determines the kind.
-        key: the key of all blocks.
-        number: index of the block that determines the draws; may be traced, so that blocks of a kind share a program.
-            None takes `layer`.
-        implementation: that of the operations of memory and experts.
-        attention: that of the attention.
+    `key` is the key of all blocks. `number` may be traced, so that blocks of a kind share a program.
     """
     rngs = _BlockRngs(jax.random.fold_in(key, layer if number is None else number))
     dtype, param_dtype = resolve_dtype(config.dtype), jnp.dtype(config.param_dtype)

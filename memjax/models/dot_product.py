@@ -23,13 +23,9 @@ SCORE_BYTES = 1 << 28
 
 
 def choose(wanted: str | None, dtype: DTypeLike, head_dim: int, length: int) -> str:
-    """The name of the implementation that runs.
+    """The name of the implementation that runs, for queries of this type and width and rows of `length` tokens.
 
-    Args:
-        wanted: one of IMPLEMENTATIONS; None takes the fastest that can run.
-        dtype: type of queries, keys and values.
-        head_dim: width of a head.
-        length: number of tokens in a row.
+    `wanted` is one of IMPLEMENTATIONS; None takes the fastest that can run.
 
     Raises:
         ValueError: `wanted` is unknown.
@@ -95,16 +91,9 @@ def attention(
 ) -> Float[Array, "b q n h"]:
     """Causal attention of queries at `positions` of the keys, a chunk of queries at a time.
 
-    Chunks are recomputed in the backward pass, so that queries x keys is never in memory.
-
-    Args:
-        query: queries.
-        keys: keys; a query sees those up to its own position.
-        values: values; they must be finite, even those that no query sees.
-        positions: positions of the queries among the keys.
-        segments: segment of each key; a query sees those of the segment at its position. None means one segment.
-        window: number of nearest keys that a query sees; None for all.
-        max_score_bytes: bytes of scores per device that are held at once.
+    A query sees the keys up to its own position: with `segments` only those of its own segment, with a `window` only
+    that many of the nearest. Values must be finite, even those that no query sees. A device holds at most
+    max_score_bytes of scores at once: chunks are recomputed in the backward pass.
     """
     batch, length, heads, _ = query.shape
     # Unsigned and narrow types would wrap in the distances to keys.

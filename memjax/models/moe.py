@@ -129,10 +129,7 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "b s dim"], Routing]:
         """The layer's output, and the router's.
 
-        Args:
-            x: the tokens.
-            token_mask: which tokens are not padding; None for all. Only expert choice uses it.
-            training: lets experts choose tokens, if the routing is expert choice.
+        With expert choice, experts choose tokens only in training, and only those where token_mask is true (None: all).
 
         Raises:
             ValueError: shapes do not fit together.

@@ -119,11 +119,7 @@ def split_decoder(model: Decoder) -> tuple[DecoderParts, nnx.State, AnyTables]:
 
 
 def writable(tables: AnyTables, source: str = "the model") -> Tables:
-    """The tables, if all of them are arrays.
-
-    Raises:
-        CheckpointError: one is read-only.
-    """
+    """The tables, which are all arrays; CheckpointError if one is read-only."""
     arrays = {}
     for name, table in tables.items():
         if isinstance(table, Table):

@@ -11,10 +11,9 @@ TOKENIZER = "use the tokenizer that the model was trained with"
 
 
 def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], vocab_size: int, name: str) -> None:
-    """Refuses ids outside the vocabulary. Traced ids, and arrays that are partly in other processes, pass.
+    """Raises ValueError for ids that are not integers in 0..vocab_size - 1.
 
-    Raises:
-        ValueError: an id is not an integer, is negative, or is not below vocab_size.
+    Traced ids, and arrays that are partly in other processes, pass.
     """
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
@@ -30,10 +29,6 @@ def check_ids(ids: Int[Array, "..."] | Int[np.ndarray, "..."] | Sequence[int], v
 
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
-    """Refuses a tokenizer with more tokens than the model.
-
-    Raises:
-        ValueError: the tokenizer has more.
-    """
+    """Raises ValueError for a tokenizer with more tokens than the model."""
     if tokens > vocab_size:
         raise ValueError(f"the tokenizer has {tokens:,} tokens, the model {vocab_size:,}: {TOKENIZER}")

@@ -24,11 +24,7 @@ class Operation(NamedTuple):
 
 
 def newest_trace(folder: pathlib.Path) -> pathlib.Path:
-    """The newest trace in a folder or its subfolders.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The newest trace in a folder or its subfolders; FileNotFoundError if there is none."""
     found = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"{folder}: the profiler wrote no trace")

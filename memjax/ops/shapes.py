@@ -6,11 +6,7 @@ import jax.numpy as jnp
 
 
 def require(operation: str, fits: bool, rule: str, **arrays: Any) -> None:
-    """Raises unless the arrays fit together; the message has the rule, their types and their shapes.
-
-    Raises:
-        ValueError: `fits` is false.
-    """
+    """Raises ValueError unless the arrays fit together; the message has the rule, their types and their shapes."""
     if not fits:
         found = ", ".join(f"{name} {describe(array)}" for name, array in arrays.items())
         raise ValueError(f"{operation}: {rule}; found {found}")
@@ -30,11 +26,7 @@ def in_range(indices: Any, num_rows: int) -> Any:
 
 
 def check_table(operation: str, table: Any, indices: Any) -> None:
-    """Checks that a table has two axes and floating-point rows, and that indices are integers [..., picks].
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raises ValueError unless the table is a matrix of floating-point numbers and the indices are integers [*t, k]."""
     is_table = table.ndim == 2 and jnp.issubdtype(table.dtype, jnp.floating)
     require(operation, is_table, "table must be [slots, width] of floating-point numbers", table=table)
     is_indices = jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim >= 1

@@ -16,11 +16,7 @@ _SETTLED_SECONDS = 0.2
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
-    """Refuses a folder that is not empty, or that a new one cannot replace.
-
-    Raises:
-        ConfigError: it is not empty, a mount point or the current folder.
-    """
+    """Raises ConfigError for a folder that is not empty, or that a new folder cannot replace."""
     path = _target(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} is there already and not empty; name a new folder")

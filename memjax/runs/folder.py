@@ -115,11 +115,7 @@ class RunFolder:
             yield
 
     def check_shared(self) -> None:
-        """Checks that this process sees the folder that process 0 owns.
-
-        Raises:
-            ConfigError: it does not.
-        """
+        """Raises ConfigError unless the folder is the one that process 0 owns."""
         file = self.path / _LOCK
         if not file.exists():
             raise ConfigError(

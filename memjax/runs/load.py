@@ -191,10 +191,9 @@ class TableSettings:
 
 
 def refuse_applied(folder: pathlib.Path, step: int, change: str) -> None:
-    """Refuses a checkpoint with applied patches, for callers that read its tables block by block, without patches.
+    """Raises CheckpointError for a checkpoint with applied patches, which reading its tables by blocks would leave out.
 
-    Raises:
-        CheckpointError: patches are applied; `change` names what requires reading by blocks.
+    `change` names what requires reading by blocks.
     """
     if names := Applied(folder).names(step):
         raise CheckpointError(

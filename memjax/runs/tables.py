@@ -69,11 +69,9 @@ class TableForm:
 def check_room(
     forms: Sequence[TableForm], sharding: Sharding | None, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> None:
-    """Checks that tables fit in the device's free memory, before they are allocated; the error recommends the settings
-    in `advise`.
+    """Raises ConfigError, before anything is allocated, if the tables do not fit in the device's free memory.
 
-    Raises:
-        ConfigError: they do not fit; the message has the sizes, and what would need less.
+    The message has the sizes, and recommends those settings in `advise` that would need less.
     """
     device, split = jax.devices()[0], _devices(sharding)
     on_cpu, stats = device.platform == "cpu", device.memory_stats() or {}

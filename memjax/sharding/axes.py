@@ -241,11 +241,7 @@ def place(array: Array, spec: P) -> Array:
 
 
 def checked(array: Array, spec: P) -> Array:
-    """The array, if the mesh can shard its axes evenly.
-
-    Raises:
-        ValueError: it cannot; the message says what to do.
-    """
+    """The array, if the mesh can shard its axes evenly; otherwise a ValueError that says what to do."""
     sizes = jax.sharding.get_abstract_mesh().shape
     for axis, names in enumerate(spec):
         names = (names,) if isinstance(names, str) else names or ()

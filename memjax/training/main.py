@@ -160,11 +160,7 @@ def _too_little(config: RunConfig, program: TrainProgram, mesh: jax.sharding.Mes
 
 
 def check(config: RunConfig) -> None:
-    """Checks the settings that only training uses.
-
-    Raises:
-        ConfigError: with every problem.
-    """
+    """Raises ConfigError with all problems of the settings that only training uses."""
     problems = _unreadable(config) or ([problem] if (problem := find_source(config.data).problem) else [])
     schedules = {"optim": config.optim} | ({"optim.table": config.optim.table} if config.model.lookups else {})
     for name, schedule in schedules.items():

@@ -87,13 +87,10 @@ def mirror(folder: pathlib.Path, address: str) -> None:
 
 
 def check_mirror(folder: pathlib.Path, address: str) -> None:
-    """Refuses, before the first step, an address that holds anything but a mirror of the folder's run.
+    """Raises ConfigError, before the first step, unless the address is empty or holds a mirror of the folder's run.
 
-    A store that does not answer only causes a warning: it may answer later, and is checked again before anything is
-    sent.
-
-    Raises:
-        ConfigError: it holds something else, a package is missing, or one folder lies in the other.
+    Neither folder may lie in the other. A store that does not answer only causes a warning: it may answer later, and is
+    checked again before anything is sent.
     """
     if importlib.util.find_spec("fsspec") is None:
         raise ConfigError(f"run.mirror={address} takes the package fsspec; pip install 'memjax[remote]'")

@@ -59,16 +59,10 @@ class Trainer:
         record: Callable[[int], None] = lambda step: None,
         hooks: Iterable[Periodic] = (),
     ):
-        """Sets up the run.
+        """Sets up the run, under an ambient mesh that is the given one.
 
-        Args:
-            config: the run's config.
-            mesh: the device mesh, which must also be the ambient one.
-            folder: the run's folder.
-            dataset: the training and validation data.
-            interrupt: the signals that end the run.
-            record: called with the step from which the run resumes, before the first row.
-            hooks: hooks in addition to those that the config asks for.
+        `record` is called with the step from which the run resumes, before the first row. `hooks` come in addition to
+        those that the config asks for.
         """
         self.config, self.mesh, self.folder, self.dataset, self.interrupt = config, mesh, folder, dataset, interrupt
         self.program = TrainProgram.of(config)
@@ -207,9 +201,8 @@ class Trainer:
     def save(self, *, without_tables: bool = False, despite_hooks: bool = False) -> None:
         """Saves the state and the position in the data after its last step; all rows up to it are written first.
 
-        Args:
-            without_tables: saves a partial checkpoint.
-            despite_hooks: if the `state` of a hook raises, warns and leaves it out.
+        Without tables the checkpoint is partial. With despite_hooks a hook whose `state` raises is left out, with a
+        warning.
         """
         self.finish_steps()
         step = int(self.state.step)

@@ -254,11 +254,7 @@ def _some(special_tokens: Mapping[str, int]) -> str:
 
 
 def check_id(token: int) -> None:
-    """Rejects ids too large to allocate a vocabulary for.
-
-    Raises:
-        ValueError: the id is negative, or larger than any vocabulary in use.
-    """
+    """Raises ValueError for an id that is negative or beyond any vocabulary in use: a table is allocated up to it."""
     if not 0 <= token < _MAX_VOCAB_SIZE:
         raise ValueError(f"has the token id {token}; ids must be in 0..{_MAX_VOCAB_SIZE - 1}")
 

@@ -115,11 +115,7 @@ def name_of(kind: type) -> str:
 
 
 def type_of(name: Any) -> Any:
-    """The type of this name, which must be in `TYPES`.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """The type of this name; ValueError if it is not in `TYPES`."""
     if name not in TYPES:
         raise ValueError(f"not a known type: {str(name)[:80]!r}")
     if name in _NAMELESS:
@@ -180,11 +176,7 @@ def _same(first: object, second: object) -> bool:
 
 
 def item_of(objects: list[Any], index: Any) -> Any:
-    """The object at an index that the other process sent.
-
-    Raises:
-        ValueError: there is no such object.
-    """
+    """The object at an index that the other process sent; ValueError if there is none."""
     if type(index) is not int or not 0 <= index < len(objects):
         raise ValueError("no such object")
     return objects[index]

@@ -42,21 +42,13 @@ def question_report(
 ) -> dict[str, Any]:
     """Evaluates a model on question sets; returns the results as JSON values.
 
-    `metrics` are means over the questions asked, `by_group` those of each group, and `zeroed` those with the tables
-    zeroed, which frees the model's own tables.
+    At most `limit` questions of each set are asked, spread evenly over it, each after `shots` solved examples from
+    `examples` or, without these, from the set itself. Answers have at most max_tokens (None: 32, programs 384).
+    `samples` programs are generated per problem, and run within `limits` if these are given. `keep` is called with
+    every question and its answers.
 
-    Args:
-        model: the model.
-        sets: the question sets.
-        examples: sets from which solved examples are taken; if empty, they come from the set itself.
-        limit: at most this many questions per set, spread evenly over it.
-        shots: solved examples before each question.
-        max_tokens: at most this many tokens per answer; None: 32 for an answer, 384 for a program.
-        sampling: how tokens are sampled.
-        samples: programs to generate per problem.
-        limits: limits of the processes that run programs; None: programs are not run.
-        zero_tables: ask again with the tables zeroed, if there are any.
-        keep: called with every question and its answers, as JSON values.
+    `metrics` are means over the questions asked, `by_group` those of each group; with zero_tables `zeroed` are those
+    with the tables zeroed, which frees the model's own tables.
 
     Raises:
         DataError: there are not enough examples for a set.

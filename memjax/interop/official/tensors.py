@@ -96,11 +96,7 @@ def memory_options(arrays: Arrays, block: str, values: tuple[int, ...], place: s
 
 
 def refuse_experts(arrays: Arrays, place: str) -> None:
-    """Refuses PEER layers.
-
-    Raises:
-        CheckpointError: there is one.
-    """
+    """Raises CheckpointError if there is a PEER layer."""
     for name in arrays:
         if ".values_u." in name or ".values_v." in name:
             raise CheckpointError(

@@ -291,11 +291,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> RowFormat:
-    """The format registered under a name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The format registered under a name; ValueError if there is none."""
     if name not in _FORMATS:
         raise ValueError(f"table format {name!r} is unknown; known: {', '.join(_FORMATS)}")
     return _FORMATS[name]

@@ -69,11 +69,9 @@ def row_update(
 
 
 def check_state(table: Float[Array, "n d"], state: TableState, rule: RowRule) -> None:
-    """Checks that the state is the rule's for this table, and that the table holds floating-point numbers.
+    """Raises ValueError unless the state is the rule's for this table of floats; TypeError if rule is not a RowRule.
 
-    Raises:
-        TypeError: rule is not a RowRule.
-        ValueError: one of these does not hold; the message has the shapes.
+    Updates of an integer table would be truncated to nothing.
     """
     if not isinstance(rule, RowRule):
         raise TypeError(f"row_update: rule must be a memjax.RowRule, found {type(rule).__name__}")
