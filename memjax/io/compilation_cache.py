@@ -1,8 +1,8 @@
 """JAX's persistent compilation cache in the user's cache folder, so that a second start compiles nothing.
 
-JAX reads and writes the entries. This module separates them by what JAX's keys lack (the jaxlib version and the CPU's
-instruction set), removes damaged ones, and limits the size. JAX's own limit (`jax_compilation_cache_max_size`) needs
-the package filelock, and locks and lists the folder at every read.
+JAX reads and writes the entries, except Triton kernels (`memjax.ops.kernel_cache`). This module separates them by what
+JAX's keys lack (the jaxlib version and the CPU's instruction set), removes damaged ones, and limits the size. JAX's own
+limit (`jax_compilation_cache_max_size`) needs the package filelock, and locks and lists the folder at every read.
 """
 
 import atexit
@@ -32,7 +32,9 @@ DAYS = 60
 """Folders of other jaxlib versions or machines are removed after this many days without a new entry."""
 
 _CHECKED = "checked.json"
-_ENTRIES = "*-cache"
+KERNEL_SUFFIX = "-kernel"
+"""Ends the names of entries that are Triton kernels instead of JAX's programs."""
+_SUFFIXES = ("-cache", KERNEL_SUFFIX)
 
 
 def enable(setting: str | None = "auto") -> pathlib.Path | None:
@@ -104,7 +106,7 @@ def _tidy(folder: pathlib.Path) -> None:
     known = read_object(folder / _CHECKED) or {}
     checked: dict[str, list[int]] = {}
     sizes: list[tuple[float, int, pathlib.Path]] = []
-    for path in folder.glob(_ENTRIES):
+    for path in (path for suffix in _SUFFIXES for path in folder.glob(f"*{suffix}")):
         with contextlib.suppress(OSError):  # another process removes entries too
             stat = path.stat()
             state, old = [stat.st_size, stat.st_mtime_ns], known.get(path.name)

@@ -16,6 +16,7 @@ from jax.custom_batching import sequential_vmap
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
+from memjax.ops.kernel_cache import keep_kernels
 from memjax.ops.manual_axes import vary_like
 
 T = TypeVar("T")
@@ -98,17 +99,17 @@ def sequential(function: Callable[..., T]) -> Callable[..., T]:
 
 @functools.cache
 def _jax_triton() -> Any:
-    """The jax_triton module, patched to use jaxlib's newer launcher if it does not do so by itself.
+    """The jax_triton module, patched to keep compiled kernels, and to use jaxlib's newer launcher where it does not.
 
     jax-triton 0.3 emits custom calls of the oldest interface, and XLA ends a CUDA graph at each of those. jaxlib can
     also launch the same kernels through XLA's foreign function interface, whose calls become part of the graph.
     Without that launcher in jaxlib, the old one is used.
     """
-    jax_triton = importlib.import_module("jax_triton")
+    jax_triton, lib = importlib.import_module("jax_triton"), importlib.import_module("jax_triton.triton_lib")
+    keep_kernels(lib)
     # None where jaxlib finds no CUDA plugin.
     plugin = importlib.import_module("jaxlib.gpu_triton")._cuda_triton
     if FFI_TARGET in getattr(plugin, "registrations", dict)():
-        lib = importlib.import_module("jax_triton.triton_lib")
         lower = functools.partial(lib.triton_kernel_call_lowering, lib.get_cuda_backend)
         mlir.register_lowering(lib.triton_kernel_call_p, functools.partial(_lower, lower), platform="cuda")
     return jax_triton
