@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memjax.config.load import READ_RUN, parse
-from memjax.errors import ConfigError
+from memjax.errors import ConfigError, DataError
 from memjax.evaluation.offline import forbid_downloads
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.command import exit_code
@@ -72,6 +72,8 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
         document = {"step": found.step, "settings": asked, **report}
         write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         print(f"\nwritten to {path}")
+    if failed := report.get("failed"):
+        raise DataError("; ".join(failed.values()))
 
 
 def _measurement(
@@ -255,7 +257,6 @@ def _open(found: "LoadedModel", settings: EvaluateConfig) -> "Iterable[Record]":
     from memjax.data.sources.kinds import find_source
     from memjax.data.sources.parsing import Keys
     from memjax.data.sources.stream import RecordFiles
-    from memjax.errors import DataError
 
     data = found.config.data
     if settings.text is not None:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.metadata
+import itertools
 import json
 import os
 import traceback
@@ -85,19 +86,21 @@ def task_report(
 
     At most `limit` documents of each task are asked, after `shots` examples (None: the task's own number); `keep` is
     called with every document and its answer. With zero_tables `zeroed` holds the results with the tables zeroed, which
-    frees the model's own tables. See `load_tasks` for `folder`.
+    frees the model's own tables. See `load_tasks` for `folder`. A task whose own code
+    raises an error costs only its own results: `failed` holds its message by its name.
 
     Raises:
         ConfigError: a task is unknown.
-        DataError: a task cannot be loaded, or needs something that memjax does not support.
+        DataError: a task cannot be loaded, or needs something that memjax does not support, or all of them fail.
     """
-    measure = lambda model: _measure(model, tasks, folder, limit, shots)
-    measured = measure(model)
-    for task, samples in measured.pop("samples").items():
-        for sample in samples:
-            keep({"task": task, **sample})
+    measured = _measure(model, load_tasks(tasks, folder), limit, shots, keep)
+    if not measured["results"]:
+        raise DataError("; ".join(measured["failed"].values()))
     if zero_tables and (zeroed := model.zeroed()):
-        measured["zeroed"] = measure(zeroed)["results"]
+        sound = {name: task for name, task in load_tasks(tasks, folder).items() if name not in measured["failed"]}
+        again = _measure(zeroed, sound, limit, shots, lambda _: None)
+        measured["zeroed"] = again["results"]
+        measured["failed"] |= again["failed"]
     return {"lm_eval": importlib.metadata.version("lm-eval"), **model.description(), **measured}
 
 
@@ -110,7 +113,7 @@ def format_task_report(report: Mapping[str, Any]) -> str:
             name, _, kind = metric.partition(",")
             error = results.get(f"{name}_stderr,{kind}")
             cells = [_shown(number) if isinstance(number, float | int) else "" for number in (value, error)]
-            cells += [_shown(zeroed[task][metric])] if zeroed else []
+            cells += [_shown(zeroed[task][metric]) if task in zeroed else ""] if zeroed else []
             shown = name if kind == "none" else f"{name} ({kind})"  # a task may report a metric for several filters
             rows.append([task, str(report["n-shot"].get(task, "")), shown, *cells])
     return format_table(rows)
@@ -121,8 +124,8 @@ def _shown(number: float | int) -> str:
     return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"
 
 
-def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> TaskDict:
-    """Loads tasks, given by names or patterns of names, for lm-eval's evaluator.
+def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> dict[str, TaskDict]:
+    """Loads tasks for lm-eval's evaluator, by the names of tasks, groups and tags; `tasks` may hold patterns of names.
 
     With a folder of YAML task files only these tasks are known. `section` with its dot is the prefix of the settings'
     names in messages.
@@ -142,13 +145,13 @@ def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str 
             hint = did_you_mean(close) or f"; known are {', '.join(known[:8]) or 'none'}{more}"
             raise ConfigError(f"{section}tasks={task} is not known{hint}")
     try:
-        loaded = manager.load(names)
+        loaded = {name: manager.load([name]) for name in names}
     except Exception as error:  # a task's file or data can fail in any way
         raise DataError(
             f"--{section}tasks {','.join(tasks)}: cannot be loaded ({error}); correct the task's YAML file. Its "
             "data must be on this machine: name files there, or fetch them once with HF_HUB_OFFLINE=0"
         ) from error
-    for task in loaded["tasks"].values():
+    for task in itertools.chain.from_iterable(found["tasks"].values() for found in loaded.values()):
         if getattr(task, "UNSAFE_CODE", False):
             raise DataError(f"--{section}tasks {task.task_name}: runs programs of the model; for those see --questions")
         if task.OUTPUT_TYPE == "generate_until":
@@ -157,9 +160,25 @@ def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str 
 
 
 def _measure(
-    model: EvalModel, tasks: Sequence[str], folder: str | None, limit: int | None, shots: int | None
+    model: EvalModel, tasks: Mapping[str, TaskDict], limit: int | None, shots: int | None, keep: Callable[..., None]
 ) -> dict[str, Any]:
-    loaded = load_tasks(tasks, folder)
+    """The results of all tasks, and the messages of those that failed."""
+    measured: dict[str, Any] = {"results": {}, "failed": {}}
+    for name, loaded in tasks.items():
+        try:
+            results = _measure_one(model, name, loaded, limit, shots)
+        except DataError as error:
+            measured["failed"][name] = str(error)
+            continue
+        for task, samples in results.pop("samples").items():
+            for sample in samples:
+                keep({"task": task, **sample})
+        for key, value in results.items():
+            measured[key] = measured.get(key, {}) | value if isinstance(value, dict) else value
+    return measured
+
+
+def _measure_one(model: EvalModel, name: str, loaded: TaskDict, limit: int | None, shots: int | None) -> dict[str, Any]:
     for task in loaded["tasks"].values():
         if shots is not None:
             task.set_config("num_fewshot", shots)
@@ -174,7 +193,7 @@ def _measure(
         if _asked_the_model(error):
             raise
         raise DataError(
-            f"tasks={','.join(tasks)}: cannot be measured ({type(error).__name__}: {error}); correct the template, "
+            f"tasks={name}: cannot be measured ({type(error).__name__}: {error}); correct the template, "
             "metric or Python code of the task that raises this"
         ) from error
     # Configs of tasks hold functions, which become text.

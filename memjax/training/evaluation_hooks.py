@@ -11,7 +11,7 @@ import jax
 from memjax.config.run import RunConfig
 from memjax.data.packing import Batch
 from memjax.data.sources import biographies
-from memjax.errors import ConfigError
+from memjax.errors import ConfigError, DataError
 from memjax.evaluation.model import EvalModel
 from memjax.evaluation.offline import forbid_downloads
 from memjax.evaluation.perplexity import validation_loss
@@ -182,6 +182,8 @@ class Questions(Hook):
         report = task_report(
             model, asked.tasks, folder=asked.task_folder, limit=asked.question_limit, zero_tables=False
         )
+        if report["failed"]:
+            raise DataError("; ".join(report["failed"].values()))
         return {
             f"eval/tasks/{task}/{metric.removesuffix(',none')}": value
             for task, results in report["results"].items()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -192,6 +193,26 @@ def test_errors_of_a_tasks_own_code_are_said(harness, found, tmp_path):
     write_task(tmp_path, "broken", rows, **rule, metric_list=[metric("exact_match")])
     with pytest.raises(DataError, match=r"tasks=broken: cannot be measured \(UndefinedError: .*correct the template"):
         report(harness, found, tmp_path, "broken")
+
+
+def test_a_task_whose_code_fails_costs_no_other_task_its_answers(harness, found, tmp_path, monkeypatch, capsys):
+    rule = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    rule |= {"output_type": "multiple_choice", "metric_list": [metric("acc")]}
+    for name in ("first", "last"):
+        write_task(tmp_path, name, CHOICES, **rule)
+    rows = [CHOICES[0], {**CHOICES[1], "q": None}]
+    write_task(tmp_path, "middle", rows, **rule | {"doc_to_text": "{{q.strip()}}"})
+    monkeypatch.setattr(evaluate, "loaded", lambda run, settings: contextlib.nullcontext(found))
+    options = ["--tasks", "first,middle,last", "--task_folder", str(tmp_path), "--batch_size", "8", "--no-zero_tables"]
+    assert evaluate.main(["run", *options]) == 3
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines() if " acc " in line] == ["first", "last"]
+    assert re.search("tasks=middle: cannot be measured .*correct the template", printed.err)
+    kept = json.loads((tmp_path / "evals" / "0-tasks-first-and-2-more.json").read_text())
+    assert list(kept["results"]) == list(kept["versions"]) == ["first", "last"]
+    assert list(kept["failed"]) == ["middle"]
+    answers = (tmp_path / "evals" / "0-tasks-first-and-2-more-answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["task"] for line in answers] == ["first"] * len(CHOICES) + ["last"] * len(CHOICES)
 
 
 def test_errors_of_the_model_are_not_blamed_on_a_task(harness, found, tmp_path, monkeypatch):

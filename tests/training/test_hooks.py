@@ -421,7 +421,7 @@ def test_questions_and_tasks_become_metrics_of_the_step(tmp_path, trainer, monke
 
     def task_report(model, tasks, **how):
         results = {"acc,none": 0.25, "acc_stderr,none": 0.1, "alias": "arc"}
-        return {"results": dict.fromkeys(tasks, results)}
+        return {"results": dict.fromkeys(tasks, results), "failed": {}}
 
     monkeypatch.setattr(evaluation_hooks, "EvalModel", SimpleNamespace)
     monkeypatch.setattr(evaluation_hooks, "question_report", question_report)
