@@ -1,1 +1,1 @@
-"""Models from elsewhere: other checkpoints, and dense models that become memory models."""
+"""Converts models from and to other formats, and dense models to memory models."""

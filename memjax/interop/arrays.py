@@ -1,4 +1,4 @@
-"""Arrays of other programs' files: their types, and whether they are those of a model."""
+"""Arrays in files of other programs: their types, and whether they match a model."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -9,10 +9,10 @@ import numpy as np
 from memjax.errors import CheckpointError
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Types that are read, by their names in safetensors files."""
+"""Supported types, by their names in safetensors files."""
 
 _SHOWN = 8
-"""Problems that a message lists."""
+"""Most problems that a message lists."""
 
 
 def own(array: np.ndarray, dtype: Any) -> jax.Array:
@@ -21,7 +21,7 @@ def own(array: np.ndarray, dtype: Any) -> jax.Array:
 
 
 def common_type(names: Iterable[str], place: str) -> Literal["float32", "bfloat16", "float64"]:
-    """The narrowest type of parameters that holds arrays of all these types; float16 needs float32.
+    """The narrowest parameter type that can hold arrays of all these types; float16 needs float32.
 
     Raises:
         CheckpointError: one is float64, while JAX computes in 32 bits.

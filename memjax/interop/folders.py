@@ -1,4 +1,4 @@
-"""Files and JSON documents in folders that other programs wrote; paths and contents are checked."""
+"""Files and JSON documents in folders written by other programs; paths and contents are checked."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from memjax.io.files import read_text, write_atomic
 def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     """The file of this name directly in the folder.
 
-    Links may lead to other places in the folder, or to the blobs of the download cache that the folder belongs to.
+    Links may lead to other places in the folder, or to the blobs of the download cache to which it belongs.
 
     Raises:
         CheckpointError: the name is a path, or the file is missing, not a regular file, or a link to another folder.
@@ -22,7 +22,7 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise CheckpointError(f"{folder}: {name!r} must be the name of a file in this folder, not a path")
     path = folder / name
-    # Path.resolve raises another error for a link to itself in every version of Python.
+    # Not Path.resolve, whose error for a link to itself depends on the version of Python.
     real = pathlib.Path(os.path.realpath(path))
     inside = [pathlib.Path(os.path.realpath(folder))]
     # huggingface_hub keeps snapshots/<commit>/<name> as links to ../../blobs/<digest>.

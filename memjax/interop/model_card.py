@@ -11,12 +11,12 @@ CARD = "README.md"
 
 
 def generation_config(bos: int, ends: Sequence[int], pad: int) -> dict[str, Any]:
-    """The generation_config.json of a model: greedy decoding up to one of the end tokens."""
+    """The generation_config.json of a model: greedy decoding until one of the end tokens."""
     return {"bos_token_id": bos, "eos_token_id": one_or_many(ends), "pad_token_id": pad, "do_sample": False}
 
 
 def one_or_many(ids: Sequence[int]) -> int | list[int]:
-    """A field that is a number where there is one and a list where there are several."""
+    """The value of a field that holds a single id as a number and several as a list."""
     return ids[0] if len(ids) == 1 else list(ids)
 
 

@@ -1,4 +1,4 @@
-"""The run that a model of another program becomes."""
+"""Writes a converted model as a run."""
 
 import os
 
@@ -19,7 +19,7 @@ from memjax.runs.layout import PARAMS, TABLES, params_to_tree
 from memjax.runs.write import write_run
 
 _LEARNING_RATE = 2e-5
-"""optim.lr of a new run: that of the quick start would undo what the model has learned."""
+"""optim.lr of a converted run; that of the quick start would undo what the model has learned."""
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, place: str) -> None:
@@ -39,9 +39,9 @@ def write_converted(
     *,
     sequence_length: int = DataConfig().sequence_length,
 ) -> RunConfig:
-    """Writes the folder of a run with the model: to evaluate it, and to begin a training with. Returns its config.
+    """Writes a run with the model, to evaluate it or to start training from it; returns its config.
 
-    Weights that hold NaN or infinity are kept, and named in a warning.
+    Weights with NaN or infinity are kept, and a warning names them.
 
     Raises:
         CheckpointError: it cannot be written.

@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model as a tokenizer.json, which every version of transformers reads in the same way."""
+"""Converts a SentencePiece BPE model to a tokenizer.json, which all versions of transformers read the same way."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -11,14 +11,14 @@ from memjax.data.tokenizers.sentencepiece import SPACE, SentencePieceTokenizer
 SPECIAL_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 """Flags of special tokens in a tokenizer.json."""
 _MIXTURES = 2000
-"""Texts of several pieces that both must encode alike."""
+"""Random texts of several pieces that both must encode identically."""
 
 
 def sentencepiece_as_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any] | None:
-    """The tokenizer.json of a tokenizer that encodes exactly as the model does; None if there is none.
+    """A tokenizer.json that encodes exactly as the model does; None if there is none.
 
-    transformers 5 converts .model files itself, and then drops a space from texts that begin with one. Models that are
-    no BPE, normalise texts or have pieces of a user encode otherwise, which shows in the probes.
+    transformers 5 converts .model files itself, and then drops a leading space from texts. Models that are not BPE,
+    normalise texts or have user-defined pieces encode differently, which the probe texts reveal.
     """
     description = _description(tokenizer)
     try:
@@ -65,7 +65,7 @@ def _description(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
 
 def _merges(pieces: list[str], vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """All pairs of pieces that make a piece, those of earlier pieces first: a BPE's pieces are in order of merging."""
+    """All pairs of pieces that merge into a piece, in the order of the latter: BPE pieces are in order of merging."""
     for piece in pieces:
         pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]

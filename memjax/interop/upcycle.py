@@ -1,4 +1,4 @@
-"""Up-cycling: a trained dense model becomes a memory model, and keeps what it knows."""
+"""Upcycling: adds memory layers to a trained dense model, which keeps what it knows."""
 
 import dataclasses
 import os
@@ -17,19 +17,19 @@ from memjax.runs.write import write_run
 
 
 def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
-    """A dense model with memory layers.
+    """Adds memory layers to a dense model.
 
-    With placement 'parallel' every block keeps its feed-forward layer and the outputs are those of the dense model, bit
-    for bit, until training moves the memory's scale away from zero. With 'replace' the feed-forward layers in
-    memory.layers are gone, and with them what they knew.
+    With placement 'parallel', every block keeps its feed-forward layer, and the outputs are those of the dense model,
+    bit for bit, until training moves the memory's scale away from zero. With 'replace', the feed-forward layers in
+    memory.layers are removed, and what they knew is lost.
 
     Args:
-        model: without memory layers. Its arrays become arrays of the new model; they are not copied.
+        model: a model without memory layers; the new model shares its arrays.
         memory: the memory layers.
-        seed: of their initial parameters and of the tables.
+        seed: seed of their initial parameters and of the tables.
 
     Raises:
-        ValueError: the model has memory layers or experts already, or no block of the number of a memory layer.
+        ValueError: the model already has memory layers or experts, or memory.layers names a block that it lacks.
     """
     if model.config.experts is not None or model.config.peer is not None:
         raise ValueError("the model has experts in place of feed-forward layers; only a dense one can be given memory")
@@ -59,20 +59,20 @@ def upcycle_run(
     step: int | Literal["latest", "best"] = "latest",
     seed: int = 0,
 ) -> None:
-    """Writes the folder of a run whose model is the dense one of another run with memory layers.
+    """Writes a run with the model of a dense run and additional memory layers.
 
-    `memjax.load` reads the folder; a training starts from it with its `config.yaml` and `train.init_from`.
+    `memjax.load` reads the folder; to train from it, use its `config.yaml` and `train.init_from`.
 
     Args:
         source: the folder of the dense run.
-        target: the folder to write; it must not exist or be empty.
+        target: the folder to write; new or empty.
         memory: the memory layers.
         step: the checkpoint of the dense run.
-        seed: of the new parameters.
+        seed: seed of the new parameters.
 
     Raises:
         ValueError: as `upcycle`.
-        ConfigError: the target holds something, or the memory does not fit the rest of the run's config.
+        ConfigError: the target is not empty, or the memory does not fit the rest of the run's config.
         CheckpointError: the source cannot be read, or the target cannot be written.
     """
     check_new(target)

@@ -1,1 +1,1 @@
-"""Models in the layout of Hugging Face."""
+"""Models in Hugging Face's format."""

@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face's Llama and its near relatives, as transformers 4 and 5 write it, as ModelConfig."""
+"""Converts `config.json` of Llama and its close relatives, as transformers 4 and 5 write it, to a ModelConfig."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from memjax.interop.huggingface.written_config import SHARED_FIELDS
 from memjax.io.documents import line_of, read_as
 
 _LARGEST = 1 << 31
-"""No size of a model comes near; shapes with larger ones are not worth an overflow."""
+"""Exclusive limit of sizes, far above those of any model, so that shapes cannot overflow."""
 _OTHER_LAYERS = {
     "olmo": "its layer norms have no parameters",
     "olmo3": "some of its layers have a window and others have none",
@@ -23,7 +23,7 @@ _OTHER_LAYERS = {
     "qwen2_moe": "its experts have one that all tokens share",
     "phi3": "its projections are stored in one matrix",
 }
-"""Why models that look alike are not read."""
+"""Why similar models are not supported."""
 _MOST_CHARACTERS = 200
 """Most characters of a value that a message shows."""
 _NAMES_THERE = {
@@ -35,15 +35,15 @@ _NAMES_THERE = {
     "norm_eps": "rms_norm_eps",
     "original_length": "original_max_position_embeddings",
 }
-"""What config.json calls the settings of a model that have another name there."""
+"""Names in config.json of settings that have a different name there."""
 _ROPE_SCALING_KINDS: tuple[RopeScalingKind, ...] = get_args(RopeScalingKind)
 
 
 def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
-    """The model that a config.json describes; param_dtype and table_dtype are the files' to say.
+    """The model that a config.json describes; param_dtype and table_dtype follow from the weight files instead.
 
     Raises:
-        CheckpointError: a field is missing, of the wrong type, or asks for what this decoder does not have.
+        CheckpointError: a field is missing or of the wrong type, or requests something this decoder does not support.
     """
     fields = _Fields(config, place)
     kind = config.get("model_type")
@@ -75,13 +75,13 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
         "ffn_dim": fields.size("intermediate_size"),
         "vocab_size": fields.size("vocab_size"),
     }
-    if sizes["num_layers"] > MOST_LAYERS:  # before anything is listed by layer
+    if sizes["num_layers"] > MOST_LAYERS:  # before any list of all layers is made
         raise fields.refused(
             "num_hidden_layers", f"must be at most {MOST_LAYERS}", "every block is compiled separately"
         )
     sizes["sliding_window"] = _window(fields, kind, absent, sizes["num_layers"])
     if sizes["head_dim"] and sizes["head_dim"] * sizes["num_heads"] == sizes["dim"]:
-        sizes["head_dim"] = None  # newer versions write it even where it says nothing new
+        sizes["head_dim"] = None  # newer versions write it even if it is redundant
     try:
         return ModelConfig(
             **sizes,
@@ -101,13 +101,13 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
 
 
 def longest_text(config: dict[str, Any], place: str) -> int:
-    """Tokens that a model takes at once, as its config.json says."""
+    """The context length of a model in tokens, from its config.json."""
     absent = FAMILIES.get(config.get("model_type", ""), FAMILIES["llama"]).absent
     return _Fields(config, place).size("max_position_embeddings", absent["max_position_embeddings"])
 
 
 def _window(fields: "_Fields", kind: str, absent: Mapping[str, Any], num_layers: int) -> int | None:
-    """Tokens that each token sees.
+    """The sliding window in tokens; None for full attention.
 
     Raises:
         CheckpointError: some layers have a window and others have none.
@@ -135,7 +135,7 @@ def _window(fields: "_Fields", kind: str, absent: Mapping[str, Any], num_layers:
 
 
 def _layer_types(fields: "_Fields", kind: str, num_layers: int) -> list[str]:
-    """What transformers takes the layers of a model with a window to be where its config does not list them."""
+    """The layer types that transformers assumes for a model with a window whose config does not list them."""
     if kind == "smollm3":
         windowed: Sequence[int] = _rope_free_layers(fields, num_layers)
     else:
@@ -145,7 +145,7 @@ def _layer_types(fields: "_Fields", kind: str, num_layers: int) -> list[str]:
 
 def _rope_free_layers(fields: "_Fields", num_layers: int) -> tuple[int, ...]:
     """The layers of a SmolLM 3 without rotary positions."""
-    turned = fields.config.get("no_rope_layers")  # in which 1 stands for a layer with them
+    turned = fields.config.get("no_rope_layers")  # 1 stands for a layer with rotary positions
     if turned is None:
         interval = fields.size("no_rope_layer_interval", 4)
         turned = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
@@ -155,7 +155,7 @@ def _rope_free_layers(fields: "_Fields", num_layers: int) -> tuple[int, ...]:
 
 
 def _rope(fields: "_Fields", absent: Mapping[str, Any]) -> tuple[float, RopeScalingConfig | None]:
-    """Base and scaling of the rotary frequencies: rope_theta and rope_scaling, or rope_parameters with both in it."""
+    """Base and scaling of the rotary frequencies, from rope_theta and rope_scaling, or from rope_parameters."""
     config, place = fields.config, fields.place
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
@@ -182,12 +182,12 @@ def _rope(fields: "_Fields", absent: Mapping[str, Any]) -> tuple[float, RopeScal
 
 
 def _in_its_words(error: ValueError) -> str:
-    """What is wrong with a model's settings, under the names that config.json has for them."""
+    """The message of an error in a model's settings, with their names in config.json."""
     return re.sub(r"\b\w+(?==)", lambda name: _NAMES_THERE.get(name[0], name[0]), line_of(error))
 
 
 def _scaling_settings(kind: str, inner: "_Fields", fields: "_Fields", absent: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a way of scaling, with what transformers takes for those that are not there."""
+    """The settings of a kind of scaling, with transformers' defaults for missing ones."""
     longest = fields.size("max_position_embeddings", absent["max_position_embeddings"])
     if kind == "linear":
         return {"factor": inner.number("factor")}
@@ -197,7 +197,7 @@ def _scaling_settings(kind: str, inner: "_Fields", fields: "_Fields", absent: Ma
     if kind == "llama3":
         found = {name: inner.number(name) for name in SHARED_FIELDS}
         return {**found, "original_length": inner.size(name)}
-    # Some models say it outside of rope_scaling, which then counts.
+    # Some models set it outside rope_scaling, which then takes precedence.
     original = fields.optional(name, None) or inner.optional(name, None) or longest
     found = {"original_length": original, "factor": inner.optional_number("factor") or longest / original}
     found["attention_factor"] = inner.optional_number("attention_factor")
@@ -242,7 +242,7 @@ class _Fields:
         return CheckpointError(f"{self.place}: {name}={value} {rule}: {why}")
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A whole number from 1 on."""
+        """A positive integer."""
         value = self.config.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _LARGEST:
             raise self.refused(name, "must be a whole number from 1 on", "it is a size of the model")
@@ -253,7 +253,7 @@ class _Fields:
         return None if self.config.get(name, default) is None else self.size(name, default)
 
     def count(self, name: str, default: int) -> int:
-        """A whole number from 0 on."""
+        """A non-negative integer."""
         return 0 if self.config.get(name) == 0 else self.size(name, default)
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -265,7 +265,7 @@ class _Fields:
         return float(value)
 
     def optional_number(self, name: str) -> float | None:
-        """A positive number, or null; 0 is null, as transformers takes it."""
+        """A positive number, or None for null and, as in transformers, for 0."""
         return self.number(name) if self.config.get(name) else None
 
     def numbers(self, name: str) -> tuple[float, ...]:

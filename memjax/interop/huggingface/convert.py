@@ -1,7 +1,7 @@
-"""Models in and out of Hugging Face's format: a folder with config.json, safetensors files and a tokenizer.
+"""Converts models from and to Hugging Face's format: a folder with config.json, safetensors files and a tokenizer.
 
-Llamas, Mistrals and their relatives are written as transformers writes them. A model with memory layers or experts has
-the same names where it has the same parts, model_type memjax in its config.json, and the code next to it with which
+Llamas, Mistrals and their relatives are written as transformers writes them. A model with memory layers or experts uses
+the same names for the same parts, has model_type memjax in its config.json, and comes with the code with which
 transformers runs it.
 """
 
@@ -38,9 +38,9 @@ from memjax.runs.saved import with_dtypes
 
 CONFIG = "config.json"
 TORCH_MODEL = pathlib.Path(__file__).with_name("torch_model")
-"""The code that folders of models with memory layers hold: never imported here, because it needs torch."""
+"""Code that is copied into folders of models with memory layers; never imported here, because it needs torch."""
 _LONGEST_SEQUENCE = 2048
-"""data.sequence_length of a new run is at most this: few machines have room for all that some models could read."""
+"""Upper limit of data.sequence_length of a new run: few machines have memory for the full context of some models."""
 _KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of the original config.json that have no setting here; they are kept."""
 _KEPT_FILES = (
@@ -55,19 +55,19 @@ _KEPT_FILES = (
 )
 """Files of the original folder that are kept: all but weights and config.json."""
 _TOLERANCE = 1e-4
-"""Largest difference between the logits of a model before and after it was written."""
+"""Largest allowed difference between the logits of a model before and after it was written."""
 
 
 def from_hf(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, tokenizer: str | None = None) -> RunConfig:
-    """Writes the folder of a run that holds the model of a Hugging Face folder, and returns its config.
+    """Writes a run with the model of a Hugging Face folder; returns its config.
 
     Args:
-        folder: with config.json, model.safetensors or its parts with an index, and a tokenizer.
+        folder: a folder with config.json, model.safetensors or its parts with an index, and a tokenizer.
         out: the run's folder; new or empty.
-        tokenizer: `byte`, or a file; None takes the folder's own.
+        tokenizer: `byte`, or a file; None uses the folder's own.
 
     Raises:
-        ConfigError: out holds something, or `tokenizer` is of no known kind.
+        ConfigError: out is not empty, or `tokenizer` is of an unknown kind.
         DataError: the tokenizer cannot be read.
         CheckpointError: the model cannot be read, or out cannot be written.
     """
@@ -94,24 +94,24 @@ def to_hf(
     like: str | os.PathLike[str] | None = None,
     max_bytes: int = 5 * 10**9,
 ) -> bool:
-    """Writes the Hugging Face folder of a run's model, once what was written is read and gives the same logits.
+    """Writes a run's model as a Hugging Face folder, after reading it back and checking that the logits are the same.
 
     Args:
         run: the run's folder.
         out: the folder to write; new or empty.
         step: the checkpoint.
-        ema: take the moving average of the dense parameters.
-        dtype: to round weights and tables to; None leaves them as they were saved.
-        longest: max_position_embeddings; None takes that of `like`, or the run's data.sequence_length.
-        like: the folder that the run's model came from; its tokenizer files, chat template and settings for generation
-            are kept.
-        max_bytes: largest file; a larger tensor has one of its own.
+        ema: use the moving average of the dense parameters.
+        dtype: the type to which weights and tables are rounded; None keeps the saved types.
+        longest: max_position_embeddings; None uses that of `like`, or the run's data.sequence_length.
+        like: the folder that the run's model came from; its tokenizer files, chat template and generation settings are
+            kept.
+        max_bytes: largest file; a larger tensor gets a file of its own.
 
     Returns:
-        Whether there is a tokenizer in it: the format knows not all kinds.
+        Whether the folder has a tokenizer: the format does not support all kinds.
 
     Raises:
-        ConfigError: out holds something, or `like` has another tokenizer than the run, or none that can be read.
+        ConfigError: out is not empty, or `like` has no readable tokenizer or another one than the run.
         CheckpointError: the run cannot be read, its logits are not finite, the format has no such model, or out cannot
             be written.
     """
@@ -138,7 +138,7 @@ def to_hf(
         if origin is None:
             has_tokenizer = write_tokenizer(folder, tokenizer)
         else:
-            has_tokenizer = True  # it was read for its config
+            has_tokenizer = True  # `_kept_fields` has read it
             for name in _KEPT_FILES:
                 if (origin / name).exists():
                     shutil.copyfile(file_in(origin, name), folder / name)
@@ -159,7 +159,7 @@ def to_hf(
 def _fields(
     loaded: LoadedModel, model: Decoder, dtype: str | None, longest: int | None, origin: pathlib.Path | None
 ) -> dict[str, Any]:
-    """The fields of config.json, some of them kept from the original."""
+    """The fields of config.json, some of which are kept from the original."""
     scaling = model.config.rope_scaling
     if longest is not None and scaling is not None and scaling.kind == "dynamic" and longest != scaling.original_length:
         raise CheckpointError(
@@ -193,10 +193,10 @@ def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _rounded(model: Decoder, dtype: str | None) -> Decoder:
-    """The model with its numbers rounded to a type, and its tables in the one that they are read in again.
+    """The model rounded to a type, with its tables in the type in which they will be read back.
 
-    The sums of rows are rounded to the type of the table, so that another would give other logits. The given model is
-    gone then.
+    Sums of rows are rounded to the table's type, so another type would give other logits. The given model becomes
+    unusable.
     """
     if dtype is None:
         return model
@@ -221,13 +221,13 @@ def _rounded(model: Decoder, dtype: str | None) -> Decoder:
 
 
 def _logits(model: Decoder) -> np.ndarray:
-    """The model's answer to a few tokens, computed in float32 or wider whatever it computes in otherwise."""
+    """The model's logits for a few tokens, computed in float32 or wider whatever its own compute type is."""
     wide = "float64" if model.config.param_dtype == "float64" else "float32"
     if resolve_dtype(model.config.dtype) != wide:
         _, params, tables = split_decoder(model)
         model = DecoderParts.of(dataclasses.replace(model.config, dtype=wide)).merge(params, tables)
     tokens = np.arange(1, 25, dtype=np.int32)[None] * 7919 % model.config.vocab_size
-    # Compiled as a whole, a dense model would be in memory in the wider type too; operation by operation only a matrix
-    # of it is. A memory layer has many small operations, and compiling each takes longer than all the rest.
+    # Compiled as a whole, a dense model would also be in memory in the wider type; run operation by operation, only one
+    # of its matrices is. A memory layer has many small operations, which would take too long to compile one by one.
     forward = nnx.jit(lambda model, tokens: model(tokens)) if model.config.lookups else Decoder.__call__
     return np.asarray(forward(model, jnp.asarray(tokens)))

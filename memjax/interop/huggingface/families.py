@@ -1,4 +1,4 @@
-"""The models of transformers whose layers this decoder has, and the one for what transformers has no name for."""
+"""The model types of transformers whose layers this decoder has, and memjax's own type for all other models."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,9 +7,9 @@ from typing import Any
 from memjax.config.model import ModelConfig, QKNorm
 
 MEMORY_MODEL = "memjax"
-"""The model_type of what transformers has no name for: a decoder with memory layers or experts."""
+"""The model_type of models that transformers does not have: decoders with memory layers or experts."""
 MEMORY_FORMAT = 2
-"""Version of the config of such a model; increased when older code could not read it."""
+"""Version of such a model's config; increased when older code could not read it."""
 MEMORY_CODE = {
     "AutoConfig": "configuration_memjax.MemjaxConfig",
     "AutoModel": "modeling_memjax.MemjaxModel",
@@ -24,9 +24,9 @@ class Family:
 
     architecture: str
     absent: Mapping[str, Any]
-    """Values of fields that are absent; null for those not listed."""
+    """Values of absent fields; null for those not listed."""
     has_bias_flag: bool = True
-    """Whether the config says that the attention has biases."""
+    """Whether the config has a flag for the attention's biases."""
     qk_norm: QKNorm = "none"
 
 
@@ -50,5 +50,5 @@ FAMILIES = {
 
 
 def has_own_format(config: ModelConfig) -> bool:
-    """Whether a model is written as one of this project's own, with the code to run it."""
+    """Whether a model is written in memjax's own format, with the code to run it."""
     return bool(config.lookups) or config.experts is not None

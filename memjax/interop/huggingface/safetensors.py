@@ -40,22 +40,22 @@ class StoredTensor:
 
 
 class TensorFiles:
-    """The tensors of an open folder; nothing is read before it is asked for."""
+    """The tensors of an open folder, read only on request."""
 
     def __init__(self, handles: dict[pathlib.Path, Any]):
-        """`handles` are the library's, by file."""
+        """`handles` are the library's file handles, by path."""
         self._handles = handles
         self.tensors: dict[str, StoredTensor] = {}
         """Every tensor by its name."""
         for file, handle in handles.items():
-            for name in handle.keys():  # noqa: SIM118  a handle is no dict
+            for name in handle.keys():  # noqa: SIM118  a handle is not a dict
                 if name in self.tensors:
                     raise CheckpointError(f"{file}: tensor {name!r} is in {self.tensors[name].file.name} too")
                 part = handle.get_slice(name)
                 self.tensors[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, read from disk now.
+        """Reads one tensor from disk.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -71,10 +71,10 @@ class TensorFiles:
 
 @contextlib.contextmanager
 def open_tensors(folder: str | os.PathLike[str]) -> Iterator[TensorFiles]:
-    """The tensors of a folder, as long as the block lasts.
+    """Opens the tensors of a folder while the block runs.
 
     Raises:
-        CheckpointError: there are none, the index is wrong, or a file is no sound safetensors file.
+        CheckpointError: there are none, the index is wrong, or a file is not a valid safetensors file.
     """
     folder = pathlib.Path(folder)
     single = next((name for name in (SINGLE, _ONLY_SHARD) if (folder / name).exists()), None)
@@ -89,10 +89,10 @@ def open_tensors(folder: str | os.PathLike[str]) -> Iterator[TensorFiles]:
 
 @contextlib.contextmanager
 def open_files(files: Iterable[pathlib.Path]) -> Iterator[TensorFiles]:
-    """The tensors of some files, as long as the block lasts.
+    """Opens the tensors of files while the block runs.
 
     Raises:
-        CheckpointError: one is no sound safetensors file, or two hold tensors of one name.
+        CheckpointError: one is not a valid safetensors file, or two hold tensors of the same name.
     """
     with contextlib.ExitStack() as stack:
         handles = {}
@@ -108,7 +108,7 @@ def open_files(files: Iterable[pathlib.Path]) -> Iterator[TensorFiles]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorToWrite:
-    """A tensor that is made when its file is written."""
+    """A tensor that is computed when its file is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -117,12 +117,12 @@ class TensorToWrite:
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file."""
+        """The size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_tensors(folder: pathlib.Path, tensors: Iterable[TensorToWrite], *, max_bytes: int) -> None:
-    """Writes the tensors into one file, or, where that would be larger than max_bytes, into several with an index.
+    """Writes the tensors to one file or, if that would exceed max_bytes, to several with an index.
 
     A file holds at least one tensor, however large. Only the tensors of one file are in memory at once.
 
@@ -134,13 +134,13 @@ def write_tensors(folder: pathlib.Path, tensors: Iterable[TensorToWrite], *, max
     if len(shards) == 1:
         names = [SINGLE]
     for name, shard in zip(names, shards, strict=True):
-        # Readers that are written for torch insist on the format's name.
+        # Readers for torch require the format's name.
         arrays = {tensor.name: np.ascontiguousarray(tensor.make()) for tensor in shard}
         try:
             save_file(arrays, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / name}: {line_of(error)}") from error
-        # The library makes files that only their owner may read.
+        # The library makes files that only the owner can read.
         (folder / name).chmod(default_mode())
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -161,7 +161,7 @@ def _shards(tensors: Iterable[TensorToWrite], max_bytes: int) -> list[list[Tenso
 
 
 def _weight_map(folder: pathlib.Path) -> dict[str, str]:
-    """File by tensor, as the index says; the names are still to be checked."""
+    """The file of each tensor according to the index; these names are not checked yet."""
     if not (folder / INDEX).exists():
         raise CheckpointError(f"{folder}: {_why_nothing(folder)}")
     weight_map = read_json(file_in(folder, INDEX)).get("weight_map")
@@ -187,8 +187,8 @@ def _why_nothing(folder: pathlib.Path) -> str:
 
 
 def _compare(index: pathlib.Path, promised: dict[str, str], found: dict[str, str]) -> None:
-    # Tied weights and buffers may be absent from the files or from the index; missing tensors show when they are read.
-    # A tensor in another file than the index says is a sign of two downloads mixed.
+    # Tied weights and buffers may be absent from the files or the index; other missing tensors are noticed on reading.
+    # A tensor in another file than the index says is a sign of two mixed-up downloads.
     wrong = [
         f"tensor {name!r} is in {found[name]}, the index says {promised[name]}"
         for name in sorted(promised.keys() & found.keys())

@@ -1,4 +1,4 @@
-"""The parameters of a decoder under Hugging Face's names: Llama's, and for memory layers names in the same manner."""
+"""The parameters of a decoder under Hugging Face's names: those of Llama, and similar ones for memory layers."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ _BUFFERS = (
 )
 """Suffixes of the names of buffers, which are not parameters."""
 _WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes of the names of models that were saved wrapped in another torch module."""
+"""Name prefixes of models that were saved inside another torch module."""
 _WITHOUT_HEAD = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 _IN_MODEL = {"embed/embedding": _EMBEDDING, "norm/scale": "model.norm.weight", "head/kernel": _HEAD}
 _NORMS = {
@@ -56,29 +56,29 @@ _IN_BLOCK = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A parameter and what it is called in a file."""
+    """A parameter and its name in a file."""
 
     name: str
     leaf: Any
     transposed: bool
-    """Whether the file has it the other way round: torch keeps matrices as [outputs, inputs]."""
+    """Whether the file holds the transpose: torch keeps matrices as [outputs, inputs]."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In the file."""
+        """The shape in the file."""
         return self.leaf.shape[::-1] if self.transposed else self.leaf.shape
 
 
 def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
-    """The decoder that a config describes with the weights of the files, read one after the other.
+    """Builds the decoder that a config describes from the weights in files, read one at a time.
 
-    The parameters get the narrowest type that holds them all; float16, which no decoder computes in, becomes float32.
+    Parameters get the narrowest type that holds them all; float16, in which no decoder computes, becomes float32.
 
     Raises:
-        CheckpointError: tensors are missing or left over, or have another shape or type than the config says.
+        CheckpointError: tensors are missing, left over, of unsupported types, or of shapes that contradict the config.
     """
     stored, names = _parameters(files, config, place)
-    if config.num_layers > len(stored):  # before a decoder of that many is built
+    if config.num_layers > len(stored):  # before a decoder with that many layers is built
         raise CheckpointError(
             f"{place}: num_layers={config.num_layers} are more than the {len(stored)} tensors there are"
         )
@@ -98,11 +98,11 @@ def read_model(files: TensorFiles, config: ModelConfig, place: str) -> Decoder:
 
 
 def _parameters(files: TensorFiles, config: ModelConfig, place: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The parameters in the files by their usual names, and what the files call them.
+    """The parameters in the files by their standard names, and their names in the files.
 
-    Buffers, which every program computes anew, are left out. A model that was saved without its head has names without
-    `model.` in front, one that was saved inside of another module has that module's in front. The matrix of tied
-    embeddings may be stored under either of its names.
+    Buffers, which every program recomputes, are left out. Names lack the prefix `model.` if the model was saved without
+    its head, and have another prefix if it was saved inside another module. Tied embeddings may be stored under either
+    of their names.
     """
     names = {name: name for name in files.tensors if not name.endswith(_BUFFERS)}
     for prefix in _WRAPPERS:
@@ -141,7 +141,7 @@ def write_model(folder: pathlib.Path, model: Decoder, *, dtype: str | None, max_
 
 
 def compare_bits(model: Decoder, files: TensorFiles, *, dtype: str | None) -> None:
-    """Reads every tensor again and compares it with the model's.
+    """Reads every tensor back and compares it with the model's.
 
     Raises:
         CheckpointError: one of them differs.
@@ -168,7 +168,7 @@ def _tensors(params: dict[str, Any], tables: dict[str, Any], config: ModelConfig
 
 
 def _name(path: str, in_block: dict[str, str]) -> str:
-    """The name in the file of the parameter at a path, given the names of the modules of a block."""
+    """The name in the file of the parameter at a path, given the names of a block's modules."""
     if path in _IN_MODEL:
         return _IN_MODEL[path]
     _, layer, inner = path.split("/", 2)
@@ -185,7 +185,7 @@ def _in_file(tensor: _Tensor, dtype: str | None) -> np.ndarray:
 
 
 def _with_stored_types(config: ModelConfig, stored: dict[str, StoredTensor], place: str) -> ModelConfig:
-    """The config with the types in which the files hold parameters and tables."""
+    """The config with the types of the parameters and tables in the files."""
     for name, tensor in stored.items():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder as one of this project."""
+"""Reads the tokenizer of a Hugging Face folder."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ ADVICE = (
     "set --tokenizer to a tokenizer.json with a byte-level BPE or to a SentencePiece .model, or to byte, with which "
     "the model can be called with token ids, but knows no text"
 )
-"""What to do where a folder has no tokenizer that can be read."""
+"""What to do if a folder has no readable tokenizer."""
 
 
 def read_tokenizer(
@@ -28,7 +28,7 @@ def read_tokenizer(
 
     Raises:
         DataError: there is none that can be read, or the folder's files contradict each other.
-        ConfigError: the chosen file is of no known kind.
+        ConfigError: the chosen file is of an unknown kind.
         CheckpointError: a JSON file in the folder cannot be read.
     """
     if chosen == "byte":
@@ -37,7 +37,7 @@ def read_tokenizer(
     if chosen is not None:
         return _open(pathlib.Path(chosen), TokenizerFiles(folder, config))
     problems = []
-    # Llama 2 and early Mistrals have both, and only the second is of use.
+    # Llama 2 and early Mistrals have both, but only the second can be read.
     for name in (JSON, MODEL):
         if (folder / name).exists():
             try:
@@ -60,7 +60,7 @@ def _open(path: pathlib.Path, folder: TokenizerFiles) -> tuple[TokenizerConfig, 
         settings = TokenizerConfig(kind="sentencepiece", path=str(path), added_tokens=_after_pieces(path, folder))
     else:
         settings = TokenizerConfig(kind="hf", path=str(path))
-    # First without begin and end, whose names the special tokens' ids tell.
+    # Opened first without bos and eos, whose names follow from the ids of the special tokens.
     tokens = special_tokens_of(settings)
     if settings.kind == "hf":
         _check_added(path, folder, tokens)
@@ -101,7 +101,7 @@ def _after_pieces(path: pathlib.Path, folder: TokenizerFiles) -> tuple[str, ...]
 
 
 def _check_added(path: pathlib.Path, folder: TokenizerFiles, special: Mapping[str, int]) -> None:
-    """Refuses a tokenizer.json that lacks tokens which the files next to it add."""
+    """Refuses a tokenizer.json that lacks tokens added by the files next to it."""
     if not folder.is_own_json(path):
         return
     known = {int(token["id"]): token["content"] for token in folder.description.get("added_tokens") or ()}
@@ -115,7 +115,7 @@ def _check_added(path: pathlib.Path, folder: TokenizerFiles, special: Mapping[st
 
 
 def _special_name(folder: TokenizerFiles, names: Mapping[int, str], which: str) -> str | None:
-    """The special token that begins (bos) or ends (eos) texts, as the folder says; None where it does not."""
+    """The special token that begins (bos) or ends (eos) texts, if the folder names one."""
     name = folder.named(which)
     if name in names.values():
         return name
@@ -140,16 +140,16 @@ def _end_tokens(folder: TokenizerFiles, names: Mapping[int, str], tokenizer: Tok
 
 
 def _adds_bos(path: pathlib.Path, folder: TokenizerFiles, tokenizer: Tokenizer) -> bool:
-    """Whether prompts of the model begin with the begin token: tokenizer_config.json, else tokenizer.json say it.
+    """Whether the model's prompts start with the begin token, by tokenizer_config.json or else by tokenizer.json.
 
     Raises:
-        DataError: prompts begin with other special tokens, or `add_bos_token` is no flag.
+        DataError: prompts start with other special tokens, or `add_bos_token` is not a flag.
     """
     if folder.flag("add_eos_token"):
         warn(f"warning: {folder.path / SETTINGS}: add_eos_token is not kept: prompts do not end with the end token")
     said, prefix = folder.flag("add_bos_token"), folder.prompt_prefix()
     if prefix is None:
-        # As LlamaTokenizer does without tokenizer.json; null is no there.
+        # As LlamaTokenizer does without tokenizer.json, where null means false.
         return "add_bos_token" not in folder.settings if said is None else said
     in_json = bool(prefix)
     if said is None or not folder.heeds_flag():

@@ -12,7 +12,7 @@ from memjax.interop.folders import file_in, read_json
 JSON, MODEL, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 """A tokenizer of the tokenizers library, one of SentencePiece, and the names of the special tokens."""
 ADDED, GENERATION = "added_tokens.json", "generation_config.json"
-"""Ids of tokens that were added after the tokenizer's training, and at which tokens generation ends."""
+"""Ids of tokens added after the tokenizer's training, and tokens at which generation ends."""
 
 
 class ContradictionError(DataError):
@@ -30,12 +30,12 @@ class TokenizerFiles:
         self.description = self._read_description()
 
     def take(self, path: pathlib.Path) -> None:
-        """Describes the tokenizer by a file, if it is a tokenizer.json."""
+        """Takes the description of the tokenizer from a file, if it is a tokenizer.json."""
         if path.suffix == ".json" and not self.is_own_json(path):
             try:
                 self.description = read_json(path)
             except CheckpointError:
-                self.description = {}  # opening it as a tokenizer says what is wrong
+                self.description = {}  # opening it as a tokenizer reports what is wrong
 
     def is_own_json(self, path: pathlib.Path) -> bool:
         """Whether a path names the folder's own tokenizer.json."""
@@ -48,10 +48,10 @@ class TokenizerFiles:
         try:
             return self._read(JSON)
         except CheckpointError:
-            return {}  # opening it as a tokenizer says what is wrong, and a tokenizer.model may do without it
+            return {}  # opening it as a tokenizer reports what is wrong, and a tokenizer.model may not need it
 
     def added_tokens(self) -> dict[int, str]:
-        """Names of added tokens by id, as all files say.
+        """Names of added tokens by id, from all files.
 
         Raises:
             DataError: two files give an id different names, or a token different ids.
@@ -81,16 +81,16 @@ class TokenizerFiles:
             ) from error
 
     def named(self, which: str) -> str | None:
-        """The token that tokenizer_config.json names as bos or eos; None where it names none."""
+        """The token that tokenizer_config.json names as bos or eos; None if it names none."""
         name = self.settings.get(f"{which}_token")
         name = name.get("content") if isinstance(name, dict) else name
         return name if isinstance(name, str) else None
 
     def flag(self, name: str) -> bool | None:
-        """A flag of tokenizer_config.json; None where it is null or not there.
+        """A flag of tokenizer_config.json; None if it is null or missing.
 
         Raises:
-            DataError: it is neither true nor false, nor a way to write them.
+            DataError: its value does not mean true or false.
         """
         value = self.settings.get(name)
         word = value.lower() if isinstance(value, str) else value
@@ -101,7 +101,7 @@ class TokenizerFiles:
         return word in ("true", 1)
 
     def heeds_flag(self) -> bool:
-        """Whether the tokenizer's class has transformers 4 begin texts as add_bos_token says; others do not read it."""
+        """Whether transformers 4 obeys add_bos_token for the tokenizer's class; other classes ignore it."""
         name = self.settings.get("tokenizer_class") or "Llama"
         return any(kind in str(name) for kind in ("Llama", "Gemma", "Cohere"))
 
@@ -123,7 +123,7 @@ class TokenizerFiles:
         return tokens
 
     def prompt_prefix(self) -> list[int] | None:
-        """Ids that tokenizer.json's post-processor puts in front of texts; None where it cannot be asked."""
+        """Ids that tokenizer.json's post-processor prepends to texts; None if the file cannot be opened."""
         try:
             tokenizer = read_description(self.description)
         except ValueError:

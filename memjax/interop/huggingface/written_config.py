@@ -11,14 +11,14 @@ from memjax.interop.model_card import one_or_many
 from memjax.models.rotary import attention_factor
 
 SHARED_FIELDS = ("factor", "low_freq_factor", "high_freq_factor")
-"""Fields of a scaling that have the same name in transformers."""
+"""Fields of rotary scaling that have the same name in transformers."""
 _YARN_FIELDS = ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
 
 
 def write_model_config(
     config: ModelConfig, *, dtype: str, longest: int, bos: int, eos: Sequence[int]
 ) -> dict[str, Any]:
-    """The config.json of a model, which transformers 4 and 5 both read; with memory layers one of this project's own.
+    """The config.json of a model, which transformers 4 and 5 both read; in memjax's own format if necessary.
 
     Raises:
         CheckpointError: transformers has no such model, and it has neither memory layers nor experts.
@@ -36,7 +36,7 @@ def write_model_config(
         return {**names, **both, **own}
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "dynamic":
-        both["max_position_embeddings"] = scaling.original_length  # from there on the frequencies change
+        both["max_position_embeddings"] = scaling.original_length  # beyond it the frequencies change
     return {
         **_family(config),
         **both,
@@ -49,9 +49,9 @@ def write_model_config(
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        # In the words of transformers 4, which 5 understands too.
+        # In the format of transformers 4, which 5 also reads.
         "rope_scaling": scaling and _scaling_fields(scaling),
-        # transformers 4 looks for longrope's outside of rope_scaling.
+        # transformers 4 expects that of longrope outside rope_scaling.
         **(_original_length(scaling) if scaling is not None and scaling.kind == "longrope" else {}),
         "tie_word_embeddings": config.tie_embeddings,
     }
@@ -85,7 +85,7 @@ def _families(config: ModelConfig) -> Iterator[tuple[str, bool, dict[str, Any]]]
     is_plain = is_pre and config.qk_norm == "none" and not free
     biased, windowed = {"attention_bias": bias}, {"use_sliding_window": window is not None, "sliding_window": window}
     layers = {"max_window_layers": 0 if window is not None else config.num_layers}
-    # A Llama must divide its width among the heads, a Mistral need not.
+    # A Llama's width must be divisible by its number of heads, a Mistral's need not be.
     divides = config.dim % config.num_heads == 0
     yield "llama", is_plain and same_bias and window is None and divides, biased
     yield "mistral", is_plain and same_bias and not bias, {"sliding_window": window}

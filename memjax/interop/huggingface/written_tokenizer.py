@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder from which transformers reads a tokenizer of this project."""
+"""Writes a tokenizer as the files from which transformers reads it."""
 
 import base64
 import pathlib
@@ -15,11 +15,11 @@ from memjax.io.console import warn
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
-    """Writes the files that transformers reads a tokenizer from; False where it has none of this kind."""
+    """Writes the files from which transformers reads a tokenizer; returns False if it has no such kind."""
     state = tokenizer.to_state()
     names = {token: name for name, token in tokenizer.special_tokens.items()}
     settings: dict[str, Any] = {
-        # By default transformers 4 also gives token types, which `generate` of a decoder refuses.
+        # By default transformers 4 also returns token types, which a decoder's `generate` refuses.
         "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": names[tokenizer.bos_id],
         "eos_token": names[tokenizer.eos_id],
@@ -28,7 +28,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
         # transformers would delete spaces before punctuation from texts.
         "clean_up_tokenization_spaces": False,
     }
-    # Where the end token pads, transformers' collators take end tokens out of the loss.
+    # If the end token is also the padding token, transformers' collators exclude end tokens from the loss.
     if tokenizer.pad_id != tokenizer.eos_id:
         settings["pad_token"] = names[tokenizer.pad_id]
     if tokenizer.kind == "sentencepiece":
@@ -56,7 +56,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
     if description is not None:
         before = description.get("pre_tokenizer") or {}
         if "add_prefix_space" in before:
-            # transformers 4 would take its own default for that of the file.
+            # Without it, transformers 4 would use its own default instead of the file's.
             settings["add_prefix_space"] = before["add_prefix_space"]
         write_json(folder / JSON, _with_begin(description, tokenizer, names[tokenizer.bos_id]))
     name = "LlamaTokenizer" if description is None else "PreTrainedTokenizerFast"
@@ -65,7 +65,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
 
 
 def _with_begin(description: dict[str, Any], tokenizer: Tokenizer, bos: str) -> dict[str, Any]:
-    """The description with a post-processor that begins texts as the tokenizer begins prompts."""
+    """The description with a post-processor that starts texts as the tokenizer starts prompts."""
     found = read_description(description)
     plain = found.encode("a", add_special_tokens=False).ids
     wanted = [tokenizer.bos_id, *plain] if tokenizer.adds_bos else plain
@@ -81,7 +81,7 @@ def _with_begin(description: dict[str, Any], tokenizer: Tokenizer, bos: str) -> 
 
 
 def _with_special(bpe: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The description of a BPE that knows its special tokens inside texts, as transformers expects it."""
+    """The description of a BPE that recognises its special tokens inside texts, as transformers expects."""
     added = [{"id": token, "content": name, **SPECIAL_FLAGS} for name, token in tokenizer.special_tokens.items()]
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {**bpe, "added_tokens": added, "decoder": decoder}

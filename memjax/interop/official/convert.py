@@ -1,8 +1,8 @@
-"""Memory checkpoints of the PyTorch code of "Memory Layers at Scale" (arXiv:2412.09764): one layer, or a whole model.
+"""Loads checkpoints of the PyTorch code of "Memory Layers at Scale" (arXiv:2412.09764): one layer, or a whole model.
 
-The lookup is the same as here with qk_norm off and score_scale 1, and so are the gates, so a layer maps number for
-number. Only two things are arranged otherwise: matrices are [outputs, inputs] there, and rotary positions turn
-neighbouring numbers of a head, where here they turn numbers half a head apart.
+The lookup is the same as here with qk_norm off and score_scale 1, and so are the gates, so parameters map one to one.
+Only two layouts differ: matrices are [outputs, inputs] there, and rotary positions rotate neighbouring elements of a
+head, where here they rotate elements half a head apart.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ TOP_K = 32
 def load_layer(
     arrays: Arrays, *, top_k: int = TOP_K, implementation: str | None = None
 ) -> tuple[MemoryLayer, ValueTable]:
-    """One memory layer of the official code, and its table.
+    """Loads one memory layer of the official code, and its table.
 
     Args:
         arrays: by their names within the layer: `keys`, `values.weight`, `query_proj.query_mlps.0.weight`, ... A layer
@@ -76,19 +76,19 @@ def load_layer(
 
 
 def load_decoder(arrays: Arrays, settings: Mapping[str, Any], *, place: str = "the checkpoint") -> Decoder:
-    """The decoder of a whole checkpoint.
+    """Loads the decoder of a whole checkpoint.
 
     Args:
-        arrays: by name: `tok_embeddings.weight`, `layers.0.attention.wq.weight`, ... A shared table may be there once,
+        arrays: by name: `tok_embeddings.weight`, `layers.0.attention.wq.weight`, ... A shared table may be given once,
             or once for every memory layer.
         settings: the params.json of the checkpoint, for what shapes do not determine: n_heads or head_dim, and, where
             they differ from the official code's defaults, rope_theta (10000), norm_eps (1e-5), sliding_window and, at
             any depth, mem_knn (32).
-        place: where it is from, for messages.
+        place: the checkpoint's name in messages.
 
     Raises:
-        CheckpointError: arrays or settings are missing, left over, or do not fit each other; or it is a model that
-            memjax does not have.
+        CheckpointError: arrays or settings are missing, left over, or do not fit each other; or memjax has no such
+            model.
     """
     refuse_experts(arrays, place)
     dense = {name: array for name, array in arrays.items() if not name.endswith(VALUES)}
@@ -103,15 +103,15 @@ def load_decoder(arrays: Arrays, settings: Mapping[str, Any], *, place: str = "t
 def from_official(
     folder: str | os.PathLike[str], out: str | os.PathLike[str], *, tokenizer: str | None = None
 ) -> RunConfig:
-    """Writes the folder of a run that holds the model of an official checkpoint, and returns its config.
+    """Writes a run with the model of an official checkpoint; returns its config.
 
     Args:
-        folder: with consolidated.safetensors or consolidated.pth, and params.json.
+        folder: a folder with consolidated.safetensors or consolidated.pth, and params.json.
         out: the run's folder; new or empty.
-        tokenizer: `byte`, or a file; None takes the tokenizer.json or tokenizer.model in the folder.
+        tokenizer: `byte`, or a file; None uses the tokenizer.json or tokenizer.model in the folder.
 
     Raises:
-        ConfigError: out holds something, or `tokenizer` is of no known kind.
+        ConfigError: out is not empty, or `tokenizer` is of an unknown kind.
         DataError: the tokenizer cannot be read.
         CheckpointError: the model cannot be read, or out cannot be written.
     """
@@ -127,10 +127,10 @@ def from_official(
 
 @contextlib.contextmanager
 def open_arrays(folder: str | os.PathLike[str]) -> Iterator[Arrays]:
-    """The arrays of a checkpoint's folder by name; numbers are read when NumPy asks for them, within the block.
+    """The arrays in a checkpoint's folder, by name; values are read on conversion to NumPy, within the block.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: there is no checkpoint, or it cannot be read.
     """
     folder = pathlib.Path(folder)
     name = next((name for name in WEIGHTS if (folder / name).exists()), None)
@@ -145,7 +145,7 @@ def open_arrays(folder: str | os.PathLike[str]) -> Iterator[Arrays]:
 
 
 def _state_dict(tree: Any, place: str) -> Arrays:
-    """The tensors of the model; checkpoints of a training keep them under `model`, next to the optimizer's."""
+    """The tensors of the model; training checkpoints keep them under `model`, next to the optimizer's."""
     found = tree["model"] if isinstance(tree, dict) and isinstance(tree.get("model"), dict) else tree
     if not isinstance(found, dict):
         raise CheckpointError(f"{place}: holds a {type(found).__name__}, must hold tensors by name")
@@ -170,7 +170,7 @@ def _memory_layers(arrays: Arrays) -> list[int]:
 
 
 def _tables(arrays: Arrays, place: str) -> dict[str, str]:
-    """The array of each table, by the name of the table."""
+    """The name of each table's array, by table name."""
     layers = _memory_layers(arrays)
     names = {layer: f"layers.{layer}.{VALUES}" for layer in layers}
     present = [layer for layer in layers if names[layer] in arrays]
@@ -247,7 +247,7 @@ def _memory_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], p
 
 
 def _number(known: Mapping[str, Any], name: str, default: float, place: str) -> float:
-    """A positive number of the settings; null is the default."""
+    """A positive number in the settings; null is the default."""
     value = default if known.get(name) is None else known[name]
     # Integers may be too large for a float.
     if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:

@@ -1,4 +1,4 @@
-"""An array in a file: its shape and type are known, its numbers are read when NumPy asks for them."""
+"""An array in a file, of known shape and type, whose values are read on conversion to NumPy."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LazyArray:
-    """`np.asarray(lazy)` reads it, every time anew."""
+    """`np.asarray(lazy)` reads the values, again on each call."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

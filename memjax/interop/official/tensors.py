@@ -1,4 +1,4 @@
-"""Names and shapes of the official code's parameters, and how each is arranged there and here."""
+"""Names and shapes of the official code's parameters, and how to convert their layout."""
 
 import math
 from collections.abc import Mapping
@@ -44,10 +44,9 @@ _IN_MODEL = {"embed/embedding": "tok_embeddings.weight", "norm/scale": "norm.wei
 
 
 def take(arrays: Arrays, tree: Any, place: str, *, head_dim: int = 2, block: str | None = None) -> Any:
-    """The tree of parameters with the official arrays in place of its shapes.
+    """Replaces the shapes in a tree of parameters by the official arrays, all of which must be used.
 
-    No array but the tables may be left over. If the tree is that of a single block, `block` is the prefix of its
-    arrays' names.
+    If the tree is that of a single block, `block` is the prefix of its arrays' names.
 
     Raises:
         CheckpointError: arrays are missing, left over or of other shapes.
@@ -62,7 +61,7 @@ def take(arrays: Arrays, tree: Any, place: str, *, head_dim: int = 2, block: str
 
 
 def memory_options(arrays: Arrays, block: str, values: tuple[int, ...], place: str) -> dict[str, Any]:
-    """The sizes of a memory layer, from the shapes of its arrays and of its table: arguments of `MemoryLayer`.
+    """The arguments of `MemoryLayer` that follow from the shapes of its arrays and table.
 
     Raises:
         CheckpointError: arrays are missing or do not fit each other, or memjax has no such layer.
@@ -108,7 +107,7 @@ def shape_of(arrays: Arrays, name: str, place: str) -> tuple[int, int]:
     """The shape of a matrix.
 
     Raises:
-        CheckpointError: it is missing, or no matrix.
+        CheckpointError: it is missing, or not a matrix.
     """
     if name not in arrays:
         there = sorted(arrays)
@@ -121,7 +120,7 @@ def shape_of(arrays: Arrays, name: str, place: str) -> tuple[int, int]:
 
 
 def type_of(arrays: Arrays, place: str) -> Literal["float32", "bfloat16", "float64"]:
-    """The narrowest type of parameters that holds all of the arrays.
+    """The narrowest parameter type that can hold all of the arrays.
 
     Raises:
         CheckpointError: an array is not floating-point, or is float64 while JAX computes in 32 bits.

@@ -1,13 +1,13 @@
-"""Tensors in a file that `torch.save` wrote, read without torch and without unpickling.
+"""Reads tensors from a file written by `torch.save`, without torch and without unpickling.
 
-Such a file is a zip archive: `<name>/data.pkl` describes a tree of tensors, `<name>/data/<key>` are their bytes. The
-description is a pickle, a program for a small machine that can call anything. Here its instructions are walked one by
-one and those that build a state dict are carried out on plain values: names stay names, nothing is imported, looked up
-or called. Whatever else a pickle can say is refused by its name.
+Such a file is a zip archive: `<name>/data.pkl` describes a tree of tensors, and `<name>/data/<key>` hold their bytes.
+The description is a pickle, a program for a small virtual machine that can call anything. Here its instructions are
+interpreted one by one, and only those that build a state dict are executed, on plain values: names stay names, and
+nothing is imported, looked up or called. Any other instruction is refused by name.
 
-A `pickle.Unpickler` whose `find_class` knows these names alone would call nothing else either, but a few bytes could
-still exhaust it: the number of a memo entry makes it allocate gigabytes, and the hash of nested tuples as the key of a
-dict never ends.
+A `pickle.Unpickler` whose `find_class` knows only these names would call nothing else either, but a few bytes could
+still exhaust it: a large memo index makes it allocate gigabytes, and hashing nested tuples as the key of a dict never
+ends.
 """
 
 import functools
@@ -30,9 +30,9 @@ _MAX_PICKLE_BYTES = 1 << 28
 
 _MAX_AXES = 8
 _MAX_DEPTH = 50
-"""Deepest nesting of dicts, lists and tuples; a state dict needs 2, a checkpoint of a whole training a few more."""
+"""Deepest nesting of dicts, lists and tuples; a state dict needs 2, a full training checkpoint a few more."""
 _MAX_SHOWN = 300
-"""Most characters of a message that quote the file."""
+"""Longest message that may quote the file, in characters."""
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -57,7 +57,7 @@ class _Name(str):
 
 
 class _Storage(NamedTuple):
-    """Numbers in a row, in an entry of the archive."""
+    """A flat array in an entry of the archive."""
 
     key: str
     dtype: np.dtype
@@ -71,7 +71,7 @@ class _Refused(Exception):
 def read_torch_zip(path: str | os.PathLike[str]) -> Any:
     """The tree of dicts, lists and tensors in a file of `torch.save`; the tensors are LazyArrays.
 
-    The numbers themselves are read, and compared with the archive's checksum, when NumPy asks for a tensor.
+    Values are read, and checked against the archive's checksum, when a tensor is converted to NumPy.
 
     Raises:
         CheckpointError: the file is of another kind or damaged, or holds anything besides tensors and plain containers.
@@ -115,19 +115,19 @@ def _description(archive: zipfile.ZipFile) -> tuple[str, bytes]:
 
 
 class _Machine:
-    """Carries out the instructions that describe a state dict."""
+    """Executes the instructions that describe a state dict."""
 
     def __init__(self, tensor: Callable[..., LazyArray]):
-        """`tensor` makes a tensor of a storage, an offset, a shape and strides."""
+        """`tensor` makes a tensor from a storage, an offset, a shape and strides."""
         self._tensor = tensor
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
         self._depths: dict[int, tuple[Any, int]] = {}
-        """Nesting of the containers, by their identity; they are held here, so that no identity is used twice."""
+        """Nesting depth of the containers, by id; they are kept alive here, so that no id is reused."""
 
     def run(self, description: bytes) -> Any:
-        """Runs the description and returns the one value that it leaves on the stack."""
+        """Runs the description and returns the single value left on the stack."""
         try:
             for opcode, argument, _ in pickletools.genops(description):
                 self._step(opcode.name, argument)
@@ -190,17 +190,17 @@ class _Machine:
 
     def _update(self, items: list[Any]) -> None:
         keys, values = items[::2], items[1::2]
-        # The hash of nested tuples visits every path to every one of them.
+        # Hashing nested tuples visits every path to each of them.
         if wrong := [key for key in keys if type(key) not in (str, int)]:
             raise _Refused(f"has a {type(wrong[0]).__name__} for the key of a dict, must have a str or an int")
         self._nest(self._top(dict), values)
         self._top(dict).update(zip(keys, values, strict=True))
 
     def _nest(self, container: Any, items: list[Any]) -> None:
-        """Notes how deeply a container is nested once it holds the items.
+        """Records how deeply a container is nested once it holds the items.
 
-        What a container that is deeper inside gets later is not seen, so depth is bounded as containers are built: from
-        the inside out, as pickles of trees are, or by a container in itself, which is refused.
+        Items that an inner container gets later are not seen. Depth is still bounded, because pickles of trees are
+        built from the inside out, and a container that holds itself is refused.
         """
         inner = [self._depths.get(id(item), (None, 0))[1] for item in items if isinstance(item, dict | list | tuple)]
         if any(item is container for item in items):

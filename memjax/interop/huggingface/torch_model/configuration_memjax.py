@@ -1,13 +1,13 @@
-"""The config of a decoder with memory layers that memjax has written, for transformers.
+"""The transformers config of a decoder with memory layers exported by memjax.
 
-Part of memjax, under the Apache License 2.0. Exported folders hold a copy, so that they need no memjax.
+Part of memjax, under the Apache License 2.0. Exported folders contain a copy, so that they do not need memjax.
 """
 
 from transformers import PretrainedConfig
 
 
 class MemjaxConfig(PretrainedConfig):
-    """memjax's settings of the model, under the names by which transformers asks for sizes."""
+    """memjax's settings of the model, and its sizes under the names that transformers expects."""
 
     model_type = "memjax"
     has_no_defaults_at_init = True
@@ -17,18 +17,18 @@ class MemjaxConfig(PretrainedConfig):
         """Takes the content of config.json.
 
         Args:
-            model: the settings of the model, as memjax has them; sizes outside of them are derived.
-            table_device: `cuda` leaves the tables with the rest of the model; `cpu` keeps them in the main memory,
-                where their rows are read and added up, so that only one row a token travels.
-            max_position_embeddings: tokens that the model takes at once.
+            model: memjax's settings of the model, from which the other sizes are derived.
+            table_device: `cuda` keeps the tables with the rest of the model; `cpu` keeps them in main memory, where
+                rows are read and summed, so that only one row per token is transferred.
+            max_position_embeddings: context length in tokens.
             use_cache: whether generation keeps keys and values.
-            **kwargs: of transformers.
+            **kwargs: other arguments of PretrainedConfig.
         """
         if model is None:
             raise ValueError("model=None must hold the settings of a model, as in the config.json that memjax writes")
         if table_device not in ("cuda", "cpu"):
             raise ValueError(f"table_device={table_device!r} must be cuda or cpu")
-        # A changed vocabulary is the one size that transformers changes (resize_token_embeddings).
+        # The vocabulary is the only size that transformers changes (resize_token_embeddings).
         self.vocab_size = kwargs.pop("vocab_size", model["vocab_size"])
         self.model = {**model, "vocab_size": self.vocab_size}
         self.table_device = table_device
@@ -50,7 +50,7 @@ class MemjaxConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=model["tie_embeddings"], **kwargs)
 
     def to_dict(self):
-        """The content of config.json, in which both places agree on the size of the vocabulary."""
+        """The content of config.json, with the same vocabulary size in both places."""
         content = super().to_dict()
         content["model"] = {**content["model"], "vocab_size": content["vocab_size"]}
         return content

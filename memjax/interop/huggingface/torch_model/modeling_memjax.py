@@ -1,9 +1,10 @@
-"""A decoder with memory layers that memjax has written, in torch for transformers 4.57 and later.
+"""A decoder with memory layers exported by memjax, in torch for transformers 4.57 and later.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-Part of memjax, under the Apache License 2.0. Exported folders hold a copy, so that they need no memjax. Every parameter
-is called as in the folder's safetensors files; what a Llama has too is called and laid out as there.
+Part of memjax, under the Apache License 2.0. Exported folders contain a copy, so that they do not need memjax.
+Parameters have the same names as in the folder's safetensors files; those that Llama also has are named and laid out as
+in transformers.
 """
 
 import inspect
@@ -22,11 +23,11 @@ from transformers.utils import can_return_tuple
 
 from .configuration_memjax import MemjaxConfig
 
-# Names that changed from one version of transformers to another.
+# Names that differ between versions of transformers.
 CACHE = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
 MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 GATHERED = 1 << 24
-"""Numbers of gathered table rows that exist at once."""
+"""Most elements of gathered table rows in memory at once."""
 
 
 def wide(dtype):
@@ -43,19 +44,19 @@ class MemjaxRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x):
-        """x at length sqrt(dim), times the weight."""
+        """x scaled to length sqrt(dim), times the weight."""
         y = x.to(wide(x.dtype))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return (y * self.weight.to(y.dtype)).to(x.dtype)
 
 
 def rotations(model, head_dim, positions, dtype):
-    """Cosines and sines [batch, 1, sequence, head_dim / 2] by which pairs of a head are turned at the positions."""
+    """Cosines and sines [batch, 1, sequence, head_dim / 2] that rotate the pairs of a head at the positions."""
     half, theta, scaling = head_dim // 2, model["rope_theta"], model["rope_scaling"]
     exponents = torch.arange(half, dtype=torch.float32, device=positions.device) / half
     frequencies, factor = theta**-exponents, 1.0
     if scaling is not None:
-        # Of a row, where frequencies depend on its length.
+        # Per row, because the frequencies may depend on its length.
         lengths = (positions.amax(dim=1) + 1)[:, None, None, None].float()
         frequencies = scaled(frequencies, theta, scaling, exponents, lengths)
         factor = attention_factor(scaling)
@@ -64,7 +65,7 @@ def rotations(model, head_dim, positions, dtype):
 
 
 def scaled(frequencies, theta, scaling, exponents, lengths):
-    """Rotary frequencies for longer texts than those of the first training."""
+    """Rotary frequencies scaled for longer texts than those of the original training."""
     kind, factor, original, half = scaling["kind"], scaling["factor"], scaling["original_length"], len(exponents)
     if kind == "linear":
         return frequencies / factor
@@ -74,13 +75,13 @@ def scaled(frequencies, theta, scaling, exponents, lengths):
     if kind == "longrope":
         short, long = (exponents.new_tensor(scaling[name]) for name in ("short_factor", "long_factor"))
         return frequencies / torch.where(lengths > original, long, short)
-    if kind == "llama3":  # frequencies that turn seldom within the original length are divided
+    if kind == "llama3":  # frequencies with few turns within the original length are divided
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         return frequencies * (kept + (1 - kept) / factor)
     if kind != "yarn":
         raise ValueError(f"rope_scaling.kind={kind!r} must be linear, dynamic, longrope, llama3 or yarn")
-    # Those that turn beta_fast times are kept, those that turn beta_slow times divided, with a ramp between the two.
+    # Frequencies with beta_fast turns are kept, those with beta_slow turns divided, with a ramp in between.
     ends = [
         half * math.log(original / (2 * math.pi * scaling[beta])) / math.log(theta)
         for beta in ("beta_fast", "beta_slow")
@@ -94,7 +95,7 @@ def scaled(frequencies, theta, scaling, exponents, lengths):
 
 
 def attention_factor(scaling):
-    """What cosines and sines are multiplied by."""
+    """The factor of cosines and sines."""
     if scaling["kind"] not in ("yarn", "longrope"):
         return 1.0
     if scaling["attention_factor"] is not None:
@@ -107,13 +108,13 @@ def attention_factor(scaling):
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (x[i], x[i + head_dim / 2])."""
+    """Rotates the pairs (x[i], x[i + head_dim / 2])."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention by its formula, in the form that transformers calls attention by."""
+    """Attention by its formula, with the signature that transformers expects."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -145,7 +146,7 @@ class MemjaxAttention(nn.Module):
         self.k_norm = MemjaxRMSNorm(heads[1] * width, config.rms_norm_eps) if has_norm else None
 
     def forward(self, x, turns, attention_mask, cache, **kwargs):
-        """The output, and the attention's weights where its function gives them."""
+        """The output, and the attention weights if the attention function returns them."""
         parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         if self.norms_all_heads:
             parts = [self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]]
@@ -181,12 +182,12 @@ class MemjaxMLP(nn.Module):
 
 
 class MemjaxTable(nn.Module):
-    """Rows of values, of which each token reads the weighted sum of a few slots."""
+    """A table of values, of which each token reads a weighted sum of a few rows."""
 
     def __init__(self, config, section, width):
         super().__init__()
         self.stays_on_cpu = config.table_device == "cpu"
-        # As wide as it was saved, or as the rest of the model where that is narrower.
+        # The saved type, or that of the rest of the model if it is narrower.
         saved, rest = section["table_dtype"], torch.get_default_dtype()
         saved = rest if saved == "auto" else getattr(torch, saved)
         dtype = saved if saved.itemsize < rest.itemsize else rest
@@ -194,7 +195,7 @@ class MemjaxTable(nn.Module):
         self.init_scale = section["value_init_scale"]
 
     def _apply(self, function, recurse=True):
-        """`.to`, `.cuda` and their like; a table that stays on the CPU takes other types, but never another place."""
+        """Handles `.to`, `.cuda` and the like; a table that stays on the CPU changes its type, but never its device."""
         moved = function(self.weight.new_empty(0))
         if not self.stays_on_cpu or moved.device.type in ("cpu", "meta"):
             return super()._apply(function, recurse)
@@ -202,7 +203,7 @@ class MemjaxTable(nn.Module):
         return super()._apply(lambda rows: here(rows).to(moved.dtype), recurse)
 
     def forward(self, slots, factors):
-        """The sums [tokens, width] of rows times factors [tokens, picks], computed where the table is."""
+        """The sums [tokens, width] of rows times factors [tokens, picks], computed on the table's device."""
         place, rows = factors.device, self.weight
         slots, factors = slots.to(rows.device), factors.to(rows.device)
         if rows.dtype == wide(rows.dtype):
@@ -224,7 +225,7 @@ class MemjaxTable(nn.Module):
 
 
 class MemjaxExpertInputs(MemjaxTable):
-    """Rows that tokens are compared with."""
+    """The input vectors of experts, with which tokens are compared."""
 
     def forward(self, slots, factors):
         """The inner products [tokens, picks] of rows and the tokens' vectors [tokens, width]."""
@@ -264,13 +265,13 @@ class MemjaxProductKeys(nn.Module):
 
 
 def unit_length(vectors):
-    """Vectors over their Euclidean length."""
+    """Vectors divided by their Euclidean length."""
     y = vectors.to(wide(vectors.dtype))
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-12)).to(vectors.dtype)
 
 
 class MemjaxMemory(nn.Module):
-    """The memory layer of arXiv:2412.09764; with a gate W2 (y * silu(W1 x)) of what it reads, y."""
+    """The memory layer of arXiv:2412.09764; with a gate, W2 (y * silu(W1 x)) of the value y that it reads."""
 
     def __init__(self, dim, section):
         super().__init__()
@@ -295,7 +296,7 @@ class MemjaxMemory(nn.Module):
 
 
 class MemjaxPEER(nn.Module):
-    """PEER (arXiv:2407.04153): the sum of weight * gelu(<x, u>) * v over the experts (u, v) that the keys pick."""
+    """PEER (arXiv:2407.04153): the sum of weight * gelu(<x, u>) * v over the experts (u, v) that the keys select."""
 
     def __init__(self, dim, section):
         super().__init__()
@@ -338,9 +339,9 @@ class MemjaxExperts(nn.Module):
 
 
 class MemjaxLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + mixer(norm(x)), where a memory may be parallel to the feed-forward layer.
+    """x + attention(norm(x)), then x + mixer(norm(x)); a memory may be parallel to the feed-forward layer.
 
-    With norm_placement post, x + norm(attention(x)), then x + norm(mixer(x)).
+    With norm_placement post: x + norm(attention(x)), then x + norm(mixer(x)).
     """
 
     def __init__(self, config, layer_idx):
@@ -361,7 +362,7 @@ class MemjaxLayer(GradientCheckpointingLayer):
         self.peer = MemjaxPEER(dim, model["peer"]) if kind == "peer" else None
 
     def forward(self, x, turns, attention_mask, cache, tables, **kwargs):
-        """The layer's output, and the attention's weights."""
+        """The layer's output, and the attention weights."""
         inputs = x if self.is_post else self.input_layernorm(x)
         attended, weights = self.self_attn(inputs, turns, attention_mask, cache, **kwargs)
         x = x + (self.post_attention_layernorm(attended) if self.is_post else attended)
@@ -373,7 +374,7 @@ class MemjaxLayer(GradientCheckpointingLayer):
 
 
 def kind_of(model, layer):
-    """What a block has after its attention, and the names of the tables that it reads."""
+    """The kind of layer after a block's attention, and the names of the tables that it reads."""
     memory, peer, experts = (model[name] for name in ("memory", "peer", "experts"))
     if memory and layer in memory["layers"]:
         return "memory", ("shared" if memory["shared_table"] else f"layer_{layer}",)
@@ -398,7 +399,7 @@ def tables_of(config):
 
 
 class MemjaxPreTrainedModel(PreTrainedModel):
-    """What both models have in common."""
+    """Base class of both models."""
 
     config_class = MemjaxConfig
     base_model_prefix = "model"
@@ -412,7 +413,7 @@ class MemjaxPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name, *args, config=None, device_map=None, **kwargs):
-        """transformers' own, but for tables on the CPU: they are not loaded to another device first."""
+        """As in transformers, except that tables on the CPU are not loaded to another device first."""
         on_cpu = kwargs.get("table_device", getattr(config, "table_device", "cuda")) == "cpu"
         if device_map is None or not on_cpu:
             return super().from_pretrained(name, *args, config=config, device_map=device_map, **kwargs)
@@ -423,7 +424,7 @@ class MemjaxPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(name, *args, config=config, **kwargs).to(device_map)
 
     def _init_weights(self, module):
-        """Fresh parameters, drawn much as memjax draws them."""
+        """Initialises parameters much as memjax does."""
         draw = lambda parameter, std: nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std)
         if isinstance(module, nn.Linear):
             draw(module.weight, module.in_features**-0.5)
@@ -473,9 +474,9 @@ class MemjaxModel(MemjaxPreTrainedModel):
         cache=None,
         **kwargs,
     ):
-        """The normed states of the tokens; arguments are those of every decoder of transformers.
+        """The normed hidden states; the arguments are those of every decoder in transformers.
 
-        Older versions call the cache past_key_values. What else is given goes to the attention's function.
+        Older versions call the cache past_key_values. Other arguments are passed to the attention function.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("one of input_ids and inputs_embeds must be given, and only one")
@@ -508,8 +509,8 @@ class MemjaxModel(MemjaxPreTrainedModel):
         )
 
     def _mask(self, x, attention_mask, cache, places, position_ids):
-        """Which tokens see which, in the form that the attention's function takes."""
-        if isinstance(attention_mask, dict):  # generation into a static cache has made the masks of all kinds of layers
+        """The attention mask in the form that the attention function expects."""
+        if isinstance(attention_mask, dict):  # with a static cache, generation has made the masks of all layer types
             return attention_mask[self.config.layer_types[0]]
         create = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         given = {"config": self.config, "attention_mask": attention_mask, "position_ids": position_ids}
