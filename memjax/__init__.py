@@ -1,6 +1,6 @@
 """Memory layers for language models in JAX: trainable key-value lookup in place of feed-forward layers.
 
-Names are imported when they are first used, so that `import memjax` is quick and sets up no backend.
+Names are imported when first used, so that `import memjax` is quick and initialises no backend.
 """
 
 import importlib
@@ -94,14 +94,14 @@ _MODULES = {
     "upcycle_run": "interop.upcycle",
     "value_and_grad": "memory.nnx_training",
 }
-"""The public names, and the module that each is in."""
+"""The public names and their modules."""
 
 _RENAMED = {
     "ExpertLookupConfig": "memjax.PEERConfig",
     "ExpertLookupLayer": "memjax.PEERLayer",
     "zero_tap": "the method zero_perturbations of a layer",
 }
-"""Names of version 0.1, and what they are called now."""
+"""Names of version 0.1, and their replacements."""
 
 __all__ = ["__version__", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,4 +1,4 @@
-"""`python -m memjax COMMAND ...`: every command by its name; without one, what there is."""
+"""`python -m memjax COMMAND ...`: runs a command by name; without one, lists them all."""
 
 import importlib
 import sys

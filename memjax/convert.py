@@ -22,7 +22,7 @@ from memjax.runs.subcommands import Subcommand
 
 PROG = "python -m memjax.convert"
 _MOST_TOKENS = 1 << 31
-"""Lengths of texts are below it."""
+"""Upper bound of max_length, exclusive."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class FromHfConfig(Section):
     """The folder of the run to write; new or empty."""
     tokenizer: LocalPath[str] | None = None
     """A tokenizer.json or a SentencePiece .model; null: that of the folder. byte: the 256 bytes, for a model without a
-    tokenizer, which can then be used only by token ids."""
+    tokenizer, which can then be used only with token ids."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class ToHfConfig(StepSettings):
 class AddedMemoryConfig(MemoryConfig):
     """The memory layers to add."""
 
-    layers: tuple[int, ...]  # pyright: ignore[reportGeneralTypeIssues]  # fields by keyword may do without a default
+    layers: tuple[int, ...]  # pyright: ignore[reportGeneralTypeIssues]  # keyword-only fields need no default
     """Blocks (0-based) to give a memory layer."""
     placement: Literal["replace", "parallel"] = "parallel"
     """parallel: the feed-forward layers stay, and the model's outputs are unchanged until the memory is trained;
@@ -89,8 +89,8 @@ class QuantizeConfig(StepSettings):
     out: LocalPath[str]
     """The folder of the run to write; new or empty."""
     table: TableFormat = "int8"
-    """Format of the rows. int8 and float8_e4m3 take half of bfloat16's bytes, int4 a quarter; saved keeps the format
-    and writes tables as files, which table_place=host maps on a CPU."""
+    """Format of the rows. int8 and float8_e4m3 take half as many bytes as bfloat16, int4 a quarter; saved keeps the
+    format and writes tables as files, which table_place=host memory-maps on a CPU."""
 
 
 def from_hf(folder: str, *, settings: FromHfConfig) -> None:
@@ -102,7 +102,7 @@ def from_hf(folder: str, *, settings: FromHfConfig) -> None:
 
 
 def to_hf(run: str, *, settings: ToHfConfig) -> None:
-    """Writes a Hugging Face folder and says what it is good for."""
+    """Writes a Hugging Face folder and says what it contains."""
     from memjax.interop.huggingface import convert as huggingface
 
     has_tokenizer = huggingface.to_hf(
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_of_run(out: str, model: ModelConfig) -> None:
-    # Steps as small as a fine-tuning's are lost between two numbers in bfloat16.
+    # Updates as small as those of fine-tuning are rounded away in bfloat16.
     wider = " --model.param_dtype float32" if model.param_dtype == "bfloat16" else ""
     place, config = shlex.quote(out), shlex.quote(f"{out}/config.yaml")
     print(f"run        {out}: {describe(model)}")

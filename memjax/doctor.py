@@ -1,4 +1,4 @@
-"""`python -m memjax.doctor`: what is installed, what this machine can run, and whether it computes what it should."""
+"""`python -m memjax.doctor`: what is installed, what this machine can run, and whether it computes correctly."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ class DoctorConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; returns 0 when everything that was tried works, 1 when not, 130 after a signal."""
+    """Prints the report; returns 0 if every check passes, 1 if not, 130 after a signal."""
     parsed = config_load.parse(
         DoctorConfig,
         argv,
@@ -62,7 +62,7 @@ def _check(*, quick: bool) -> int:
 
 
 def describe_machine() -> str:
-    """Versions, devices and implementations, one a line."""
+    """Versions, devices and implementations, one per line."""
     import jax
 
     from memjax.ops import dispatch
@@ -84,7 +84,7 @@ def describe_machine() -> str:
 
 
 def _check_operations() -> bool:
-    """Compares every implementation that can run with the reference; prints a line each."""
+    """Compares every implementation that can run with the reference; prints a line for each."""
     from memjax.ops import dispatch, specs
 
     works = True
@@ -106,8 +106,8 @@ def _compare(operation: str, name: str) -> str:
 
 
 def check_training() -> bool:
-    """Trains the quick start's model for a few steps, saves it, loads it and lets it write; prints a line each."""
-    # The name is known before the folder exists: a signal between the two leaves nothing behind.
+    """Trains the quick start's model for a few steps, saves and loads it, and generates; prints a line for each."""
+    # The name is chosen before the folder exists, so that a signal in between leaves nothing behind.
     folder = os.path.join(tempfile.gettempdir(), f"memjax-doctor-{secrets.token_hex(8)}")
     try:
         os.mkdir(folder, 0o700)
@@ -128,7 +128,7 @@ def _train(folder: str) -> str:
     from memjax.training.main import train
 
     run = pathlib.Path(folder) / "run"
-    # The log of the run is of interest only when it fails.
+    # The run's log is not shown.
     with contextlib.redirect_stdout(io.StringIO()):
         code = train(config_load.load(RunConfig, None, [*SETTINGS, "--run.dir", str(run)]))
     if code:
@@ -140,7 +140,7 @@ def _train(folder: str) -> str:
 
 
 def _in_thread(run: Callable[[], str]) -> str:
-    """Runs a training in a thread, where it leaves signals alone: here they end the report, and nothing is saved."""
+    """Runs training in a thread, where it handles no signals: here they end the report, and nothing is saved."""
     done: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
 
     def put() -> None:
@@ -161,10 +161,10 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _program() -> NoReturn:
-    """Runs the command; any signal that ends programs ends it as Ctrl-C does, without a temporary folder left."""
+    """Runs the command; any terminating signal ends it like Ctrl-C, leaving no temporary folder."""
     tempfile.gettempdir()  # writes a file the first time, which a signal would leave behind
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes SIGHUP
             signal.signal(number, _interrupt)
     try:
         code = main()
@@ -186,7 +186,7 @@ def _report(name: str, check: Callable[[], str]) -> bool:
     start = time.monotonic()
     try:
         result, works = check(), True
-    except Exception as error:  # whatever it is, the report continues and says so
+    except Exception as error:  # any failure is reported, and the report continues
         traceback.print_exc(file=sys.stderr)
         result, works = f"FAILED: {type(error).__name__}: {error}", False
     print(f"{name:<27} {result} ({time.monotonic() - start:.1f} s)", flush=True)

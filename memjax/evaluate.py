@@ -1,4 +1,4 @@
-"""`python -m memjax.evaluate RUN`: facts, text, questions or tasks, with the tables and without."""
+"""`python -m memjax.evaluate RUN`: measures facts, text, questions or tasks, with and without the tables."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ Keep = Callable[[dict[str, Any]], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the measurements and keeps them in the run's `evals`; returns the exit code."""
+    """Prints the results and saves them in the run's `evals` folder; returns the exit code."""
     parsed = parse(
         EvaluateConfig,
         argv,
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(run: str, settings: EvaluateConfig) -> None:
-    # What cannot be read is refused before the model is loaded.
+    # Unreadable files are refused before the model is loaded.
     sets, examples = _question_sets(settings)
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         asked = ",".join(settings.tasks)
@@ -79,7 +79,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
 def _measurement(
     found: "LoadedModel", settings: EvaluateConfig, sets: list["QuestionSet"], examples: list["QuestionSet"]
 ) -> tuple[str, Callable[[Keep], dict[str, Any]]]:
-    """The requested measurement: its name in the result's file, and a function that runs and prints it."""
+    """The requested measurement: its name in the result's file name, and a function that runs and prints it."""
     from memjax.data.sources.kinds import find_source
 
     if sets:
@@ -94,9 +94,9 @@ def _measurement(
 
 
 def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> pathlib.Path | None:
-    """The file of the result; None, and a line, where nothing can be written, since the figures are printed anyway.
+    """The file for the result; None, with a message, if it cannot be written, since the results are printed anyway.
 
-    A result that was measured with other settings or patches stays: the new one gets a name with a digest of these.
+    A result measured with other settings or patches is kept: the new file's name then ends in a digest of these.
     """
     try:
         check_inside(folder, folder.parent)
@@ -115,15 +115,15 @@ def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> path
 
 
 def _stem(asked: Sequence[str]) -> str:
-    """Files or tasks that are asked for, as a part of a file's name."""
+    """The requested files or tasks, as part of a file name."""
     more = f"-and-{len(asked) - 1}-more" if len(asked) > 1 else ""
     name = pathlib.Path(asked[0]).resolve().name.partition(".")[0]
-    # File systems take 255 bytes, and more follows.
+    # File names are limited to 255 bytes, and more is appended.
     return re.sub(r"[^\w-]+", "_", name)[:40] + more
 
 
 def _question_sets(settings: EvaluateConfig) -> tuple[list["QuestionSet"], list["QuestionSet"]]:
-    """Questions to ask, and those to take examples from."""
+    """The question sets to ask, and those that provide examples."""
     if not settings.questions:
         return [], []
     from memjax.evaluation.question_sets.formats import read_question_sets
@@ -185,7 +185,7 @@ def _eval_model(found: "LoadedModel", settings: EvaluateConfig) -> "EvalModel":
 
 @contextlib.contextmanager
 def _json_lines(path: pathlib.Path | None) -> Iterator[Keep]:
-    """A function that writes objects into a file, one per line; without a file it does nothing."""
+    """Yields a function that writes objects to a file, one per line; without a file it does nothing."""
     if path is None:
         yield lambda values: None
         return
@@ -198,7 +198,7 @@ def _facts(found: "LoadedModel", settings: EvaluateConfig) -> dict[str, Any]:
     from memjax.evaluation.recall import fact_report, format_fact_report
 
     data = found.config.data
-    # First, because the recall with the tables zeroed gives the tables back.
+    # First, because measuring recall with zeroed tables frees the tables.
     known = knowledge_report(found.model, found.tokenizer, data, settings.people, batch_size=settings.batch_size)
     report = fact_report(
         found.model,
@@ -263,7 +263,7 @@ def _open(found: "LoadedModel", settings: EvaluateConfig) -> "Iterable[Record]":
         keys = Keys(settings.text_key or data.text_key, data.prompt_key, data.answer_key)
         return RecordFiles(settings.text, "--text", keys)
     source = find_source(data.in_run(str(found.folder)))
-    if source.problem:  # a model from elsewhere
+    if source.problem:  # a model converted from elsewhere
         raise DataError("the run has no text of its own; name a file with --text")
     held_out = open_dataset(source, found.tokenizer).validation
     if not held_out:

@@ -1,4 +1,4 @@
-"""`python -m memjax.generate RUN --prompt "..."`: text from a trained model, for one prompt, many or a person."""
+"""`python -m memjax.generate RUN --prompt "..."`: generates text from one prompt, a file of prompts or the terminal."""
 
 import contextlib
 import dataclasses
@@ -55,7 +55,7 @@ class GenerateConfig(InferenceSettings, SamplingConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what follows the prompt or the prompts; returns the exit code."""
+    """Continues one or more prompts; returns the exit code."""
     parsed = parse(
         GenerateConfig,
         argv,
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(run: str, settings: GenerateConfig) -> None:
-    # A file that cannot be read is refused before the model is.
+    # An unreadable file is refused before the model is loaded.
     records = None if settings.prompts is None else _read_prompts(settings.prompts)
     if settings.output is not None:
         check_output(settings.output, "output")
@@ -85,10 +85,10 @@ def _generate(run: str, settings: GenerateConfig) -> None:
 
 
 def _read_prompts(path: str) -> list[dict[str, Any]]:
-    """The records of a file of prompts as objects with the field `prompt`, a line of text being a prompt.
+    """Reads a file of prompts as objects with the field `prompt`; in a text file, each line is a prompt.
 
     Raises:
-        DataError: the file cannot be read, or a record of JSON lines is no object with a text in `prompt`.
+        DataError: the file cannot be read, or a line of JSON is not an object with a text in `prompt`.
     """
     from memjax.data.sources.parsing import Keys
     from memjax.data.sources.stream import RecordFiles
@@ -163,16 +163,16 @@ def _write(found: "LoadedModel", settings: GenerateConfig, prompt: str, *, numbe
 
 
 def _converse(found: "LoadedModel", settings: GenerateConfig) -> None:
-    """Asks for prompts, each written on by itself, until the input ends; Ctrl-C ends a text.
+    """Reads prompts until the input ends and continues each independently; Ctrl-C ends a text.
 
     Raises:
-        ConfigError: the input is no terminal, and there is no prompt in it.
-        DataError: it is no terminal, and a prompt is not UTF-8.
+        ConfigError: the input is not a terminal and holds no prompt.
+        DataError: the input is not a terminal and a prompt is not UTF-8.
     """
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives `input` a history and keys to edit a line with
+            import readline  # noqa: F401  gives `input` history and line editing
         print("Write a prompt for the model to continue. Ctrl-D ends.", flush=True)
     number = 0
     while True:

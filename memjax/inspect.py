@@ -1,4 +1,4 @@
-"""`python -m memjax.inspect RUN --prompt "..."`: the slots that a model reads, and what each adds to the answer."""
+"""`python -m memjax.inspect RUN --prompt "..."`: shows the slots a model reads, and what each adds to the answer."""
 
 import dataclasses
 import re
@@ -55,7 +55,7 @@ class InspectConfig(CheckpointSettings):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what the prompt or the slot is about; returns the exit code."""
+    """Prints what a prompt reads, or what reads a slot; returns the exit code."""
     parsed = parse(
         InspectConfig,
         argv,
@@ -106,7 +106,7 @@ def _show_prompt(found: "LoadedModel", settings: InspectConfig, prompt: str) -> 
 
 
 def _after(prompt: str, answer: str) -> str:
-    """The answer with the space that sets it apart from the prompt."""
+    """The answer, separated from the prompt by a space."""
     return answer if not prompt or prompt[-1].isspace() or answer[0].isspace() else f" {answer}"
 
 
@@ -124,8 +124,8 @@ def _changed(found: "LoadedModel", settings: InspectConfig) -> dict[str, set[int
 
 
 def lines(values: Mapping[str, Any], number: int, top: int) -> list[str]:
-    """A trace for a terminal of 80 columns: every token with what the layers add, then the `top` slots of each layer
-    for one token.
+    """A trace for an 80-column terminal: every token with what the layers add, then the `top` slots of each layer for
+    one token.
     """
     tokens, layers = values["tokens"], values["layers"]
     few = layers[:3]  # more do not fit next to the tokens
@@ -209,7 +209,7 @@ def _show_slot(found: "LoadedModel", settings: InspectConfig) -> None:
 
 
 def _window(before: str, after: str) -> str:
-    """A position in a text on one line of 70 columns; the bar follows the token that reads."""
+    """A position in a text as one line of 70 columns; a bar follows the token that reads the slot."""
     before, after = (re.sub(r"\s", " ", text) for text in (before, after))
     before = before if len(before) <= 46 else f"…{before[-45:]}"
     room = 68 - len(before)

@@ -1,4 +1,4 @@
-"""`python -m memjax.learn RUN FACTS --out PATCH`: facts written into a few rows of a model's tables, as a patch."""
+"""`python -m memjax.learn RUN FACTS --out PATCH`: writes facts into a few rows of a model's tables, as a patch."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -36,27 +36,28 @@ class LearnConfig(CheckpointSettings):
     optimizer: Literal["rowwise_adam", "sgd"] = "rowwise_adam"
     """Optimizer of the rows."""
     epochs: Positive[int] | None = None
-    """Most passes over the facts; learning ends when every fact is known. null: 16, or with few facts as many as give
-    128 batches."""
+    """Most passes over the facts; learning ends when every fact is known. null: 16, or if the facts are few, as many as
+    make 128 batches."""
     batch_size: Positive[int] = 16
     """Facts per batch, each in all its wordings."""
     replay: NotNegative[int] = 128
     """Background texts replayed in each batch, so that the rows keep what they held."""
     background: LocalPath[str] | None = None
-    """The texts that slots are compared on: a file, folder or glob; null: the training data."""
+    """Other texts, whose reads of slots are compared with the facts': a file, folder or glob; null: the training
+    data."""
     background_texts: Positive[int] = 20_000
     """Most background texts to read. The counts are stored with the run."""
     held_out: LocalPath[str] | None = None
     """Questions whose answers should not change: JSON lines with prompt and answer, asked before and after. null: the
     run's own questions, if it has any (generated people)."""
     held_out_questions: Positive[int] = 1_000
-    """Most of these to ask."""
+    """Most held-out questions to ask."""
     seed: NotNegative[int] = 0
     """Seed of the order of the facts and of the replayed texts."""
 
 
 def fewest_epochs(facts: int, batch_size: int) -> int:
-    """16 passes over the facts, more where these are under 128 batches: fewer steps teach no fact."""
+    """16 passes over the facts, or as many as make 128 batches: in fewer steps, facts are not learned."""
     return max(16, -(-128 // -(-facts // batch_size)))
 
 

@@ -1,4 +1,4 @@
-"""`python -m memjax.patch`: patches of tables: what differs between runs, applied, taken back, merged and shown.
+"""`python -m memjax.patch`: makes, applies, reverts, merges and shows patches, which replace rows of tables.
 
 `diff RUN RUN --out PATCH`, `apply RUN PATCH`, `revert RUN PATCH`, `merge PATCH PATCH ... --out PATCH`, `show PATCH`.
 """
@@ -31,7 +31,7 @@ class DiffConfig(StepSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ApplyConfig(StepSettings):
-    """The checkpoint that is patched."""
+    """The checkpoint to patch."""
 
     out: LocalPath[str] | None = None
     """A new folder for a run whose checkpoint has the patch's rows; the run itself is then unchanged. null: the patch
@@ -50,8 +50,8 @@ class MergeConfig(Section):
     out: LocalPath[str]
     """The file to write (.safetensors), or a folder for it."""
     conflicts: Literal["refuse", "sum", "first", "last"] = "refuse"
-    """refuse: name such rows and write nothing; sum: the old row plus every change; first, last: the row of the first
-    or the last patch."""
+    """What to do with rows that several patches change. refuse: name them and write nothing; sum: the old row plus all
+    changes; first, last: the row of the first or last patch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ class ShowConfig(Section):
 
 
 def diff(old: str, new: str, *, settings: DiffConfig) -> None:
-    """Writes the patch that makes the first run's model the second's."""
+    """Writes the patch that turns the first run's model into the second's."""
     from memjax.runs.patches import edit
     from memjax.runs.patches.patch import write_patch
 
@@ -72,7 +72,7 @@ def diff(old: str, new: str, *, settings: DiffConfig) -> None:
 
 
 def apply(run: str, path: str, *, settings: ApplyConfig) -> None:
-    """Applies a patch and says how to take it back."""
+    """Applies a patch and says how to revert it."""
     from memjax.runs.patches import edit
 
     patch = edit.apply(run, path, step=settings.checkpoint, out=settings.out)
@@ -92,7 +92,7 @@ def revert(run: str, path: str, *, settings: RevertConfig) -> None:
 
 
 def merge(*paths: str, settings: MergeConfig) -> None:
-    """Writes one patch that does what several do."""
+    """Combines several patches into one."""
     from memjax.runs.patches import merge
     from memjax.runs.patches.patch import read_patch, write_patch
 
@@ -101,7 +101,7 @@ def merge(*paths: str, settings: MergeConfig) -> None:
 
 
 def show(*paths: str, settings: ShowConfig) -> None:
-    """Prints what is in a patch."""
+    """Prints the content of patches."""
     from memjax.runs.patches.patch import read_patch
 
     for path in paths:
@@ -109,7 +109,7 @@ def show(*paths: str, settings: ShowConfig) -> None:
 
 
 def in_words(patch: "Patch") -> str:
-    """A patch in a line."""
+    """One line that summarises a patch."""
     tables = ", ".join(
         f"{len(change.rows):,} of {change.num_slots:,} in {name}" for name, change in patch.tables.items()
     )
@@ -139,7 +139,7 @@ def _described(path: str, patch: "Patch", top: int) -> list[str]:
 
 
 def _note(name: str, value: str | int | float) -> str:
-    """The value of a note; what `learn` has measured besides bits per byte are shares of known answers."""
+    """The value of a note; the measurements of `learn` are shares of known answers, except bits per byte."""
     if not isinstance(value, float):
         return str(value)
     is_share = name.endswith((" before", " after")) and not name.startswith("bits per byte")
@@ -196,7 +196,7 @@ COMMANDS: Mapping[str, Subcommand] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what the first word names; returns the exit code."""
+    """Runs the subcommand that the first word names; returns the exit code."""
     return subcommands.main(PROG, COMMANDS, argv)
 
 

@@ -1,4 +1,4 @@
-"""`python -m memjax.plot RUN [RUN ...]`: runs compared in one picture."""
+"""`python -m memjax.plot RUN [RUN ...]`: compares runs in one picture."""
 
 import dataclasses
 import pathlib
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plot(folders: Sequence[pathlib.Path], settings: PlotConfig) -> None:
-    # Only now, so that wrong settings need not wait for NumPy; JAX is not needed at all.
+    # Imported late, so that wrong settings are reported without waiting for NumPy; JAX is not needed at all.
     from memjax.monitoring import comparison, interactive
     from memjax.monitoring.compared_runs import Axis, read_runs, summary_table
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "The same command begins an interrupted preparation again, and leaves a finished one alone."
         ),
     )
-    # Only now: wrong settings should not wait for imports.
+    # Imported late, so that wrong settings are reported without waiting.
     from memjax.io.command import exit_code
 
     stopped = "stopped; the same command begins the unfinished part again"
@@ -44,7 +44,7 @@ def _prepare(config: RunConfig) -> None:
     for corpus in source.corpora:
         _ = corpus.files  # a missing file should not wait for a tokenizer to be trained
     run = RunFolder.of(config)
-    # One that the run would begin with is not kept.
+    # A tokenizer made here is not saved: the run will make the same one.
     tokenizer = run.saved_tokenizer() or make_tokenizer(config, source)
     if config.data.prepared is None and not run.began():
         source.discard_outdated(tokenizer)

@@ -1,4 +1,4 @@
-"""`python -m memjax.presets`: the configs that memjax brings, with their sizes."""
+"""`python -m memjax.presets`: lists the built-in configs and their sizes."""
 
 import dataclasses
 import itertools
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fit(configs: Mapping[str, RunConfig], fit: Sequence[str]) -> None:
-    """A table in Markdown: on each kind of devices the batch, the micro-batches, and what else has to change."""
+    """Prints a Markdown table: the batch, the micro-batches and other changed settings for each kind of device."""
     pairs = [devices.split("x") for devices in fit]
     say(f"| preset | {' | '.join(f'{number} x {size} GB' for number, size in pairs)} |")
     say("|---" * (len(pairs) + 1) + "|")
@@ -74,7 +74,7 @@ def _fitted(config: RunConfig, *, devices: int, device_bytes: int) -> str:
 def _list(configs: Mapping[str, RunConfig]) -> None:
     head = ("name", "parameters", "active", "tokens of a run", "what it is")
     longest = max(map(len, configs))
-    # Counting takes a while, so each line is shown when it is there.
+    # Counting takes a while, so each line is printed as soon as it is known.
     for name, total, active, tokens, summary in itertools.chain([head], itertools.starmap(_row, configs.items())):
         line = f"{name:<{longest}}  {total:>10}  {active:>7}  {tokens:>15}"
         say(f"{line}  {summary}" if not is_terminal() or columns() > 120 else f"{line}\n  {fitted(summary)}")

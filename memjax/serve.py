@@ -21,7 +21,7 @@ from memjax.runs.settings import InferenceSettings, loaded
 
 PROG = "python -m memjax.serve"
 _PROGRESS_SECONDS = 5.0
-"""Between two lines that tell how many programs are compiled, where there is no terminal."""
+"""Seconds between lines that report how many programs are compiled, if there is no terminal."""
 _API_KEY = "MEMJAX_API_KEY"
 _INSTALL = "pip install 'starlette>=1,<2' 'uvicorn>=0.50,<1'"
 
@@ -81,7 +81,7 @@ def _serve(run: str, settings: ServeConfig) -> None:
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"{PROG} needs {' and '.join(missing)}, which cannot be imported; {_INSTALL}")
     key = _api_key()
-    # What is wrong with the address shows before the model is read.
+    # A bad address is reported before the model is loaded.
     with listen(settings.host, settings.port) as listening:
         address = listening.getsockname()
         if key is None and not ipaddress.ip_address(address[0]).is_loopback:
@@ -104,7 +104,7 @@ def _serve(run: str, settings: ServeConfig) -> None:
             )
             engine = make_engine(found.model, num_slots=settings.slots, max_length=max_length)
             step, score = found.step, PromptScorer(found.model)
-            # The engine has weights of its own.
+            # The engine has its own weights.
             del found
             if settings.warm_up:
                 say("compiling ...")
@@ -129,7 +129,7 @@ def _api_key() -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address; connections are refused until somebody listens on it.
+    """A socket bound to an address; connections are refused until it listens.
 
     Raises:
         ConfigError: the address is not one of this machine, or the port is taken or not permitted.

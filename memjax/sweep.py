@@ -19,11 +19,11 @@ _OPTIONS = {
     "grid": "SETTING=VALUE,VALUE,...: the values of a setting; given once for each setting that varies.",
     "jobs": "How many runs train at a time (default 1). They share the GPUs of CUDA_VISIBLE_DEVICES.",
 }
-"""Taken from the command line before the settings are."""
+"""Options that are taken from the command line before the settings are parsed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains all combinations; returns 0 when all are done, 2 for wrong settings, 75 after a signal, else a run's."""
+    """Trains all combinations; returns 0 if all are done, 2 for wrong settings, 75 after a signal, or a run's code."""
     return exit_code(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -78,7 +78,7 @@ def _jobs(asked: Sequence[str]) -> int:
 
 
 def _compare(folder: pathlib.Path, runs: Sequence[pathlib.Path]) -> None:
-    """Prints what the runs have reached; what goes wrong here changes nothing of how the sweep ended."""
+    """Prints a comparison of the runs; an error here does not change the sweep's exit code."""
     from memjax.monitoring import comparison
     from memjax.monitoring.compared_runs import read_runs, summary_table
     from memjax.monitoring.metrics import read_metrics

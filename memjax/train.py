@@ -23,12 +23,11 @@ FLAGS = {
 
 
 def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ()) -> int:
-    """Runs the command line, with hooks besides those that the config asks for.
+    """Runs the command line, with these hooks in addition to the config's.
 
     Returns:
-        0 done, 2 wrong settings, 3 unusable data, 4 checkpoint trouble, 5 not a number, 6 alone without the other
-        processes of the run, 7 out of memory, 75 stopped by a signal, saved, 130 interrupted before there was anything
-        to save.
+        0 done, 2 wrong settings, 3 unusable data, 4 checkpoint error, 5 a number was not finite, 6 other processes are
+        missing, 7 out of memory, 75 stopped by a signal and saved, 130 interrupted before there was anything to save.
     """
     device_gb, words = take(sys.argv[1:] if argv is None else argv, "device_gb")
     devices, words = take(words, "devices")
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ())
         flags=FLAGS,
     )
     _prepare_environment(arguments.config)
-    # Only now: the settings above must be in place before JAX starts, and wrong ones should not wait for its import.
+    # Imported late: the environment must be set before JAX starts, and wrong settings should not wait for its import.
     from memjax.io import compilation_cache
     from memjax.io.command import exit_code
     from memjax.sharding.processes import run_together
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None, *, hooks: Sequence["Periodic"] = ())
 
 
 def _devices(device_gb: Sequence[str], devices: Sequence[str], *, is_dry: bool) -> tuple[int, int] | None:
-    """Bytes of a device, and how many there are; None where nothing was said of them.
+    """Memory of a device in bytes, and the number of devices; None if neither is given.
 
     Raises:
         ConfigError: the numbers are malformed, or it is not a dry run.
@@ -72,7 +71,7 @@ def _devices(device_gb: Sequence[str], devices: Sequence[str], *, is_dry: bool) 
     problems = []
     if not is_dry:
         problems.append(f"device_gb={size} is for planning; add --dry_run, or leave it out to train")
-    # Six digits: more would be no device, and at some length no number.
+    # At most six digits: no device has more, and a very long number cannot be converted.
     if not re.fullmatch(r"\d{0,6}(\.\d+)?", size) or not float(size or 0):
         problems.append(f"device_gb={size} must be the memory of a device in GB, such as 80")
     if not re.fullmatch(r"\d{1,6}", count) or not int(count):
@@ -83,7 +82,7 @@ def _devices(device_gb: Sequence[str], devices: Sequence[str], *, is_dry: bool) 
 
 
 def _prepare_environment(config: RunConfig) -> None:
-    """Sets what JAX and XLA read when they start; what the user has set stays."""
+    """Sets environment variables that JAX and XLA read at start-up; those that the user has set are kept."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     # XLA's start-up messages would hide ours.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
