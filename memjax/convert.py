@@ -117,7 +117,7 @@ def to_hf(run: str, *, settings: ToHfConfig) -> None:
     )
     print(f"written to {settings.out}, read back and compared: the same numbers and logits")
     if not has_tokenizer:
-        print("without the tokenizer, which has no form there; keep the one that the run was made with")
+        print("without the tokenizer, which this format does not support; keep the run's own")
 
 
 def from_official(folder: str, *, settings: FromHfConfig) -> None:
@@ -158,36 +158,36 @@ COMMANDS: Mapping[str, Subcommand] = {
         from_hf,
         FromHfConfig,
         Positional(name="HF_FOLDER", help="A downloaded model: config.json, *.safetensors and a tokenizer."),
-        "Makes a run of a Llama, Mistral, Qwen 2 or 3, SmolLM 3 or OLMo 2 in Hugging Face's format, or of a model with "
-        "memory that to-hf wrote.",
+        "Converts a Llama, Mistral, Qwen 2 or 3, SmolLM 3 or OLMo 2 in Hugging Face's format, or a model with memory "
+        "written by to-hf, to a run.",
     ),
     "to-hf": Subcommand(
         to_hf,
         ToHfConfig,
         READ_RUN,
         "Writes a run's model in Hugging Face's format, reads it back and compares numbers and logits. Without memory "
-        "layers it is a Llama, a Mistral or a relative, which transformers 4 and 5 load; with them the folder "
-        "brings the torch code that runs it, for transformers with trust_remote_code=True.",
+        "layers it is a Llama, a Mistral or a relative, which transformers 4 and 5 load; with them, the folder "
+        "contains the torch code that runs it, for transformers with trust_remote_code=True.",
     ),
     "from-official": Subcommand(
         from_official,
         FromHfConfig,
         Positional(name="FOLDER", help="consolidated.safetensors or consolidated.pth, params.json and a tokenizer."),
-        "Makes a run of a checkpoint of the PyTorch code of the paper (arXiv:2412.09764). A .pth file is read without "
+        "Converts a checkpoint of the paper's PyTorch code (arXiv:2412.09764) to a run. A .pth file is read without "
         "unpickling: nothing in it is run.",
     ),
     "quantize": Subcommand(
         quantize,
         QuantizeConfig,
         RUN_FOLDER,
-        "Makes a run of another whose tables are stored in fewer bytes, for inference: a block of rows at a time, so "
-        "that tables of any size need little memory.",
+        "Copies a run with its tables stored in fewer bytes, for inference, a block of rows at a time, so that tables "
+        "of any size need little memory.",
     ),
     "upcycle": Subcommand(
         upcycle,
         UpcycleConfig,
         RUN_FOLDER,
-        "Makes a run of a dense one whose model gets memory layers: by default beside its feed-forward layers, with "
+        "Copies a dense run and adds memory layers to its model: by default beside its feed-forward layers, with "
         "the same outputs until it is trained.",
     ),
 }

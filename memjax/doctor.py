@@ -24,7 +24,7 @@ from memjax.io.command import exit_code
 from memjax.io.ctrl_c import leave_after_output
 from memjax.training.interrupt import SIGNALS
 
-FLAGS = {"quick": "Leave out the training run: only versions, devices and operations."}
+FLAGS = {"quick": "Skip the training run: check only versions, devices and operations."}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,7 @@ def _check(*, quick: bool) -> int:
     for name, check in checks.items():
         print(f"\n{name}", flush=True)
         works &= check()
-    print("\neverything that was tried works" if works else "\nsomething does not work; the lines with FAILED say what")
+    print("\nall checks passed" if works else "\nsome checks failed; see the lines with FAILED")
     return 0 if works else 1
 
 

@@ -67,7 +67,7 @@ def _evaluate(run: str, settings: EvaluateConfig) -> None:
         with _json_lines(answers) as keep:
             report = measure(keep)
     if answers:
-        print(f"\nevery answer is in {answers}")
+        print(f"\nall answers are in {answers}")
     if path:
         document = {"step": found.step, "settings": asked, **report}
         write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
@@ -104,7 +104,7 @@ def _result_path(folder: pathlib.Path, name: str, asked: dict[str, Any]) -> path
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        print(f"the results are printed only: {folder}: {error.strerror}", file=sys.stderr)
+        print(f"the results are only printed: {folder}: {error.strerror}", file=sys.stderr)
         return None
     asked = json.loads(json.dumps(asked))
     path = folder / f"{name}.json"
@@ -267,7 +267,7 @@ def _open(found: "LoadedModel", settings: EvaluateConfig) -> "Iterable[Record]":
         raise DataError("the run has no text of its own; name a file with --text")
     held_out = open_dataset(source, found.tokenizer).validation
     if not held_out:
-        raise DataError("the run holds no validation data out; name a file with --text")
+        raise DataError("the run has no validation data; name a file with --text")
     return SplitRecords(held_out)
 
 

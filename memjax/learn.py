@@ -15,9 +15,9 @@ from memjax.runs.settings import CheckpointSettings, loaded
 PROG = "python -m memjax.learn"
 _RUN_AND_FACTS = Positional(
     name="RUN FACTS",
-    help="The folder of a run, then files of facts: JSON lines with text, or with prompt and answer, and maybe a list "
-    "of paraphrases (of the text or of the prompt). A patch that learn has made may stand for the file "
-    "that it was made of.",
+    help="The folder of a run, then files of facts: JSON lines with text, or with prompt and answer, and optionally a "
+    "list of paraphrases (of the text or of the prompt). A patch written by learn may be given instead of the file "
+    "that it was made from.",
     repeats=True,
 )
 

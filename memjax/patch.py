@@ -152,7 +152,7 @@ COMMANDS: Mapping[str, Subcommand] = {
         diff,
         DiffConfig,
         Positional(name="RUN", help="Two runs' folders: the old model's, then the new one's.", repeats=True),
-        "Makes a patch of what differs between the models of two runs, whose dense parameters are the same.",
+        "Makes a patch from the differences between the models of two runs, whose dense parameters must be the same.",
         ("diff runs/base runs/tuned --out tuned.safetensors",),
         fewest=2,
         most=2,
@@ -161,7 +161,7 @@ COMMANDS: Mapping[str, Subcommand] = {
         apply,
         ApplyConfig,
         Positional(name="RUN PATCH", help=f"{_STEP_OR_PATCH}.", repeats=True),
-        "Applies a patch to a checkpoint of a run: all that load it then get the changed rows. Its files are "
+        "Applies a patch to a checkpoint of a run: loading it then gives the changed rows. The checkpoint's files are "
         "unchanged, and training resumes from it without the patch.",
         ("apply runs/quickstart people",),
         fewest=2,
@@ -170,8 +170,8 @@ COMMANDS: Mapping[str, Subcommand] = {
     "revert": Subcommand(
         revert,
         RevertConfig,
-        Positional(name="RUN PATCH", help=f"{_STEP_OR_PATCH}, or its 16 digits that apply has printed.", repeats=True),
-        "Takes an applied patch back: the model is what it was before, bit for bit.",
+        Positional(name="RUN PATCH", help=f"{_STEP_OR_PATCH}, or the 16 digits that apply printed.", repeats=True),
+        "Reverts an applied patch: the model is what it was before, bit for bit.",
         ("revert runs/quickstart people",),
         fewest=2,
         most=2,
@@ -179,8 +179,8 @@ COMMANDS: Mapping[str, Subcommand] = {
     "merge": Subcommand(
         merge,
         MergeConfig,
-        Positional(name="PATCH", help="Patches of one model.", repeats=True),
-        "Makes one patch of several. Rows that only one of them changes are taken over.",
+        Positional(name="PATCH", help="Patches for the same model.", repeats=True),
+        "Combines several patches into one. Rows that only one of them changes are copied.",
         ("merge people places --out both.safetensors",),
         most=None,
     ),
@@ -188,7 +188,7 @@ COMMANDS: Mapping[str, Subcommand] = {
         show,
         ShowConfig,
         Positional(name="PATCH", help="Patches.", repeats=True),
-        "Prints what is in patches: which model they are for, and the rows that change most.",
+        "Prints the content of patches: which model they are for, and the rows that change most.",
         ("show people",),
         most=None,
     ),

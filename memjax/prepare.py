@@ -20,14 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m memjax.prepare",
         description=(
             "Tokenises the training and validation data of a run once, over all cores, into data.prepared (default: "
-            "`prepared` in the run's folder). A training with the same settings reads it there and tokenises nothing. "
-            "The same command begins an interrupted preparation again, and leaves a finished one alone."
+            "`prepared` in the run's folder). Training with the same settings then reads it from there. The "
+            "same command repeats the unfinished part of an interrupted preparation, and leaves a finished one alone."
         ),
     )
     # Imported late, so that wrong settings are reported without waiting.
     from memjax.io.command import exit_code
 
-    stopped = "stopped; the same command begins the unfinished part again"
+    stopped = "stopped; the same command repeats the unfinished part"
     return exit_code(lambda: _prepare(arguments.config), interrupted=stopped)
 
 

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         PresetsConfig,
         argv,
         prog="python -m memjax.presets",
-        description="Lists the configs that `memjax train NAME` takes by name, from any folder.",
+        description="Lists the configs that `memjax train NAME` accepts by name, from any folder.",
         positional=None,
         examples=["memjax presets", "memjax presets --fit 1x24,1x80,8x80"],
     ).config
@@ -80,7 +80,7 @@ def _list(configs: Mapping[str, RunConfig]) -> None:
         say(f"{line}  {summary}" if not is_terminal() or columns() > 120 else f"{line}\n  {fitted(summary)}")
     end = (
         f"\nThe files are in {presets.folder()}; copy one to change it, or write `extends: NAME.yaml` in your own. "
-        "`memjax train NAME --dry_run` says what a run needs of each device, and `--device_gb 80` with it prints the "
+        "`memjax train NAME --dry_run` says what a run needs on each device, and `--device_gb 80` with it prints the "
         "command that fits devices of 80 GB; `memjax presets --fit 1x80` does both for all."
     )
     say(fitted(end, 0))

@@ -58,7 +58,7 @@ class ServeConfig(InferenceSettings):
         if not 0 <= self.drain_seconds < 1e6:
             yield f"drain_seconds={self.drain_seconds} must be in 0..1e6"
         if self.max_length is not None and self.max_length < 2:
-            yield f"max_length={self.max_length} must be at least 2: a token of the prompt and one to write"
+            yield f"max_length={self.max_length} must be at least 2: a token of the prompt and one to generate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +85,7 @@ def _serve(run: str, settings: ServeConfig) -> None:
     with listen(settings.host, settings.port) as listening:
         address = listening.getsockname()
         if key is None and not ipaddress.ip_address(address[0]).is_loopback:
-            warn(f"warning: anybody who reaches {address[0]} can use the model; set {_API_KEY} to ask for a key")
+            warn(f"warning: anybody who reaches {address[0]} can use the model; set {_API_KEY} to require a key")
         with loaded(run, settings) as found:
             from memjax.inference.scheduler import Scheduler
             from memjax.inference.scoring import PromptScorer
@@ -124,7 +124,7 @@ def _serve(run: str, settings: ServeConfig) -> None:
 def _api_key() -> str | None:
     key = os.environ.get(_API_KEY)
     if key is not None and (not key or key != key.strip() or not key.isprintable()):
-        raise ConfigError(f"{_API_KEY} must hold a key without spaces around it; unset it to ask for none")
+        raise ConfigError(f"{_API_KEY} must hold a key without spaces around it; unset it to require none")
     return key
 
 
@@ -137,7 +137,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"host={host} is no address ({error}); 127.0.0.1 serves this machine alone") from None
+        raise ConfigError(f"host={host} is not an address ({error}); 127.0.0.1 serves this machine only") from None
     found = socket.socket(family, kind, protocol)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -66,7 +66,7 @@ def _main(argv: list[str]) -> int:
 def _config_file(positional: str | None) -> pathlib.Path | None:
     path = None if positional is None else pathlib.Path(positional)
     if path is not None and path.is_dir():
-        raise ConfigError(f"{path} is the folder of a run; a sweep begins with a YAML file or a preset")
+        raise ConfigError(f"{path} is the folder of a run; a sweep starts from a YAML file or a preset")
     return path
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from memjax.training.hook import Periodic
 
 FLAGS = {
-    "dry_run": "Print parameters, arithmetic, mesh and what a step needs of each device, allocate nothing, and end.",
+    "dry_run": "Print parameters, arithmetic, mesh and what a step needs on each device, without allocating anything.",
     "device_gb": "With --dry_run: the memory of a device in GB; finds settings with which the run fits.",
     "devices": "With --device_gb: how many such devices there are (default 1).",
     "allow_changed": "Continue a run although its settings have changed.",

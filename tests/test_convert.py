@@ -88,7 +88,7 @@ def test_the_settings_of_to_hf_arrive(monkeypatch, capsys):
         (["from-hf", "nowhere", "--out", "y"], 4, "nowhere: there is no such folder"),
         (["to-hf", "nowhere", "--out", "y"], 4, "nowhere: there is no such folder"),
         (["from-hf", str(MODELS / "llama2"), "--out", "y"], 3, "there is neither tokenizer.json nor tokenizer.model"),
-        (["from-hf", str(MODELS / "llama2"), "--out", str(MODELS)], 2, "is there already and not empty"),
+        (["from-hf", str(MODELS / "llama2"), "--out", str(MODELS)], 2, "already exists and is not empty"),
     ],
 )
 def test_what_cannot_be_done_is_told_with_its_exit_code(arguments, code, message, tmp_path, monkeypatch, capsys):

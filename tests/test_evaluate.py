@@ -345,4 +345,4 @@ def test_results_of_other_settings_are_kept_and_printed_where_nothing_can_be(tmp
     assert evaluate.main([run, *options]) == 0
     printed = capsys.readouterr()
     assert "bits per byte" in printed.out
-    assert printed.err == f"the results are printed only: {evals}: File exists\n"
+    assert printed.err == f"the results are only printed: {evals}: File exists\n"

@@ -123,7 +123,7 @@ def test_a_patch_stands_for_the_facts_that_it_was_made_of(run, facts, tmp_path, 
     without = tmp_path / "without.safetensors"
     write_patch(without, dataclasses.replace(made[0], notes={}))
     assert learn.main([run, str(without), "--out", str(tmp_path / "none")]) == 3
-    assert "holds no facts" in capsys.readouterr().err
+    assert "records no facts to learn" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_learn_into_one_patch(run, facts, tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_commands_of_commands_are_found(word, command, capsys):
         ("evaluate FILE", "is a file; name the folder of a run"),
         ("convert to-hf FILE --out new", "is a file; name the folder of a run"),
         ("convert from-hf FILE --out new", "is a file; name the folder of a downloaded model"),
-        ("patch show FILE", "is no patch: its file ends in .safetensors"),
+        ("patch show FILE", "is not a patch, whose file ends in .safetensors"),
         ("plot FILE --out new.png", "is a file, where a folder is needed"),
         ("sweep --grid optim.lr=1e-3 --run.dir FILE/below", "is a file, where a folder is needed"),
     ],

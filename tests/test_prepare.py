@@ -47,7 +47,7 @@ def test_ctrl_c_ends_it_with_130(mixture, monkeypatch, capsys):
 
     monkeypatch.setattr("memjax.data.prepared.prepare._prepare", interrupted)
     assert prepare.main([*MODEL.split(), *mixture]) == 130
-    assert "the same command begins the unfinished part again" in capsys.readouterr().err
+    assert "the same command repeats the unfinished part" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_an_address_that_is_taken_or_not_of_this_machine_is_refused_before_the_m
     assert serve.main(["runs/none", "--host", "203.0.113.7", "--port", "0"]) == 2
     assert "host=203.0.113.7 and port=0 cannot be used" in capsys.readouterr().err
     assert serve.main(["runs/none", "--host", "a b", "--port", "0"]) == 2
-    assert "host=a b is no address" in capsys.readouterr().err
+    assert "host=a b is not an address" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):

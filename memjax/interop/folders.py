@@ -33,7 +33,7 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
             f"{path}: is a link that leads out of its folder, to {real}; put a copy of the file there"
         )
     if not real.is_file():
-        raise CheckpointError(f"{path}: is missing, or no file; download or copy the whole model again")
+        raise CheckpointError(f"{path}: is missing, or not a file; download or copy the whole model again")
     return path
 
 

@@ -177,9 +177,7 @@ def facts_of(label: str, patch: Patch) -> list[Fact]:
     try:
         return [Fact.of_fields(fields) for notes in _sources(patch.notes) for fields in notes[LEARNED]]
     except (KeyError, TypeError, MalformedError) as error:
-        raise DataError(
-            f"{label}: holds no facts that could be learned again; name the file that it was made of"
-        ) from error
+        raise DataError(f"{label}: records no facts to learn; name the file that it was made from") from error
 
 
 def _sources(notes: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -19,7 +19,7 @@ def check_new(folder: str | os.PathLike[str]) -> None:
     """Raises ConfigError for a folder that is not empty, or that a new folder cannot replace."""
     path = _target(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path} is there already and not empty; name a new folder")
+        raise ConfigError(f"{path} already exists and is not empty; name a new folder")
     is_mount = path.absolute().is_mount()
     if is_mount or (path.exists() and path.samefile(os.curdir)):
         kind = "a mount point" if is_mount else "the current folder"

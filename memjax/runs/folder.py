@@ -142,7 +142,7 @@ class RunFolder:
             except ConfigError as error:
                 if not has_steps:
                     raise
-                warn(f"warning: {error}; the settings in its newest checkpoint are taken")
+                warn(f"warning: {error}; using the settings in its newest checkpoint")
         # Metrics without settings or a step cannot be continued.
         return read_config(self.path) if has_steps else None
 
@@ -215,7 +215,7 @@ class RunFolder:
         if refused:
             raise ConfigError(
                 [
-                    f"{self.path} is finished with {steps} steps, so nothing of it changes. To train it longer: "
+                    f"{self.path} is finished with {steps} steps and cannot change. To train it longer: "
                     f"{self.resume_command} --train.steps N with N above {steps}; for a new run: name another "
                     "--run.dir. The settings given here differ in:",
                     *(f"  {line}" for line in refused),

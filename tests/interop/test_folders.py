@@ -82,7 +82,7 @@ def test_only_an_empty_folder_is_taken(tmp_path):
         (folder / "new").write_text("x")
     assert (tmp_path / "empty" / "new").exists()
     for taken in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ConfigError, match="is there already and not empty"):
+        with pytest.raises(ConfigError, match="already exists and is not empty"):
             check_new(taken)
 
 
@@ -143,7 +143,7 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder", "nothing"):
-        with pytest.raises(CheckpointError, match="is missing, or no file"):
+        with pytest.raises(CheckpointError, match="is missing, or not a file"):
             file_in(tmp_path, name)
 
 
@@ -173,5 +173,5 @@ def test_a_file_of_gigabytes_is_not_read(tmp_path):
 
 def test_a_link_to_itself_is_missing(tmp_path):
     (tmp_path / "config.json").symlink_to("config.json")
-    with pytest.raises(CheckpointError, match="is missing, or no file"):
+    with pytest.raises(CheckpointError, match="is missing, or not a file"):
         file_in(tmp_path, "config.json")

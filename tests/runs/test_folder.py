@@ -173,7 +173,7 @@ def test_a_run_without_its_files_is_compared_with_its_checkpoint(tiny_config, tm
     assert isinstance(folder.saved_tokenizer(), ByteTokenizer)
     with pytest.raises(ConfigError, match=r"data\.sequence_length: 8 -> 9"):
         folder.claim(tiny_config(f"--run.dir {tmp_path}/run --model.memory null --data.sequence_length 9"))
-    warning = "the settings in its newest checkpoint are taken"
+    warning = "using the settings in its newest checkpoint"
     assert (warning in capsys.readouterr().err) == (damage is not None)
     folder.claim(config).record(1, ByteTokenizer())
     assert load(RunConfig, folder.config) == config

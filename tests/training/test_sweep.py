@@ -80,7 +80,7 @@ def test_the_folder_of_a_run_is_not_that_of_a_sweep(tmp_path, capsys):
     assert command.main(["--run.dir", str(tmp_path), "--grid", "optim.lr=1e-3"]) == 2
     assert "is the folder of a run; name another --run.dir for the sweep" in capsys.readouterr().err
     assert command.main([str(tmp_path), "--grid", "optim.lr=1e-3"]) == 2
-    assert "a sweep begins with a YAML file or a preset" in capsys.readouterr().err
+    assert "a sweep starts from a YAML file or a preset" in capsys.readouterr().err
 
 
 def test_the_config_may_stand_after_settings_that_are_addresses(tmp_path, capsys):

@@ -68,7 +68,7 @@ def _run(programs: Sequence[str], problems: Sequence[Problem], limits: Limits, s
     if lacks := missing_protection():
         warn(
             f"programs run without {', '.join(lacks)}: this user may not set that up here. Run them in a container "
-            "that has nothing to lose."
+            "where nothing can be lost."
         )
     pool = ThreadPoolExecutor(os.cpu_count())
     with unreadable() if lacks else contextlib.nullcontext():

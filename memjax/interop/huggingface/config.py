@@ -97,7 +97,7 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
             memory=None,
         )
     except ValueError as error:
-        raise CheckpointError(f"{place}: describes no model that can be: {_in_its_words(error)}") from error
+        raise CheckpointError(f"{place}: describes an impossible model: {_in_its_words(error)}") from error
 
 
 def longest_text(config: dict[str, Any], place: str) -> int:
@@ -172,8 +172,8 @@ def _rope(fields: "_Fields", absent: Mapping[str, Any]) -> tuple[float, RopeScal
     if known is None:
         kinds = ", ".join(_ROPE_SCALING_KINDS)
         raise CheckpointError(
-            f"{place}: {name}={json.dumps(rope)} must be null or of rope_type default, {kinds}; other ways of scaling "
-            "give other logits at every length, and are not there"
+            f"{place}: {name}={json.dumps(rope)} must be null or of rope_type default, {kinds}; other kinds of "
+            "scaling give other logits at every length, and are not supported"
         )
     try:
         return theta, RopeScalingConfig(kind=known, **_scaling_settings(known, inner, fields, absent))

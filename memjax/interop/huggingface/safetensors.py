@@ -101,7 +101,7 @@ def open_files(files: Iterable[pathlib.Path]) -> Iterator[TensorFiles]:
                 handles[file] = stack.enter_context(safe_open(file, framework="np"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
-                    f"{file}: is no sound safetensors file ({line_of(error)}); download or copy it again"
+                    f"{file}: is not a valid safetensors file ({line_of(error)}); download or copy it again"
                 ) from error
         yield TensorFiles(handles)
 
@@ -180,8 +180,8 @@ def _why_nothing(folder: pathlib.Path) -> str:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         return (
-            f"its weights are pickles ({', '.join(pickles[:3])}), which can run any code when they are read, so they "
-            f"are not; take the model's {SINGLE}, or save it so with transformers where you trust it"
+            f"its weights are pickles ({', '.join(pickles[:3])}), which can run any code when they are read, so "
+            f"they are not; use the model's {SINGLE}, or save it as such with transformers if you trust it"
         )
     return f"there is neither {SINGLE} nor {INDEX}; name the folder of a downloaded model"
 

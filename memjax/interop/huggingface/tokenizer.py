@@ -16,7 +16,7 @@ from memjax.io.console import warn
 
 ADVICE = (
     "set --tokenizer to a tokenizer.json with a byte-level BPE or to a SentencePiece .model, or to byte, with which "
-    "the model can be called with token ids, but knows no text"
+    "the model can be called with token ids only"
 )
 """What to do if a folder has no readable tokenizer."""
 

@@ -201,7 +201,7 @@ def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], pl
     known = settings["model"] if isinstance(settings.get("model"), Mapping) else settings
     layers = sorted({int(found[1]) for name in dense if (found := re.match(r"layers\.(\d{1,4})\.", name))})
     if layers != list(range(len(layers))):
-        raise CheckpointError(f"{place}: has the layers {layers}, must have all from 0 on")
+        raise CheckpointError(f"{place}: has the layers {layers}, must have all from 0")
     vocab_size, dim = shape_of(dense, "tok_embeddings.weight", place)
     queries, keys = (shape_of(dense, f"layers.0.attention.{name}.weight", place)[0] for name in ("wq", "wk"))
     head_dim = _head_dim(known, queries, keys, place)
@@ -229,14 +229,16 @@ def _model_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], pl
             memory=_memory_config(dense, tables, settings, place) if tables else None,
         )
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{place}: describes no model that can be: {line_of(error)}") from error
+        raise CheckpointError(f"{place}: describes an impossible model: {line_of(error)}") from error
 
 
 def _memory_config(dense: Arrays, tables: Arrays, settings: Mapping[str, Any], place: str) -> MemoryConfig:
     layers, table = _memory_layers(dense), next(iter(tables.values()))
     found = [memory_options(dense, f"layers.{layer}.", tuple(table.shape), place) for layer in layers]
     if any(options != found[0] for options in found):
-        raise CheckpointError(f"{place}: the memory layers {layers} are not of one kind and size, as memjax needs them")
+        raise CheckpointError(
+            f"{place}: the memory layers {layers} differ in kind or size, which memjax does not support"
+        )
     return MemoryConfig(
         layers=tuple(layers),
         top_k=_find(settings, "mem_knn", TOP_K),
@@ -259,7 +261,9 @@ def _head_dim(known: Mapping[str, Any], queries: int, keys: int, place: str) -> 
     """Width of an attention head."""
     heads, width = (known.get(name) or 0 for name in ("n_heads", "head_dim"))
     if not heads and not width:
-        raise CheckpointError(f"{place}: {SETTINGS} must say n_heads or head_dim, which no shape tells")
+        raise CheckpointError(
+            f"{place}: {SETTINGS} must have n_heads or head_dim, which cannot be inferred from shapes"
+        )
     found = (width or queries // heads) if type(heads) is type(width) is int else 0
     if found < 1 or queries % found or keys % found or (heads and heads * found != queries):
         raise CheckpointError(

@@ -229,7 +229,7 @@ class _Machine:
     def _name(self, argument: str) -> _Name:
         name = ".".join(argument.split(" "))
         if name not in _NAMES:
-            raise _Refused(f"asks for {name}, which is not run: it is no part of a state dict")
+            raise _Refused(f"asks for {name}, which is not run: no state dict needs it")
         return _Name(name)
 
     def _storage(self, persistent: Any) -> _Storage:

@@ -137,7 +137,7 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
     except FileNotFoundError:
         raise CheckpointError(f"{file}: there is no such file; name a patch that learn or patch has written") from None
     except NotADirectoryError:
-        raise CheckpointError(f"{path}: is no patch: its file ends in .safetensors") from None
+        raise CheckpointError(f"{path}: is not a patch, whose file ends in .safetensors") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # the library raises its own errors and NumPy's
@@ -186,7 +186,7 @@ def _checked(name: str, num_slots: Any, rows: np.ndarray, old: np.ndarray, new: 
         shapes = f"{len(rows)} rows, old {old.dtype} {list(old.shape)}, new {new.dtype} {list(new.shape)}"
         raise ValueError(f"table {name}: old and new rows must be alike, and as many as there are numbers: {shapes}")
     if not jnp.issubdtype(new.dtype, jnp.floating):
-        raise ValueError(f"table {name}: rows of {new.dtype} are no floating-point numbers")
+        raise ValueError(f"table {name}: rows of {new.dtype} are not floating-point numbers")
     if len(rows) and (rows[0] < 0 or rows[-1] >= num_slots or np.any(rows[1:] <= rows[:-1])):
         raise ValueError(f"table {name}: the numbers of rows must ascend within 0..{num_slots - 1}")
     if not np.isfinite(new.astype(np.float64)).all():

@@ -156,7 +156,7 @@ def test_a_type_that_cannot_hold_the_numbers_is_refused(memory_run, tmp_path, mo
 def test_a_folder_that_holds_something_is_left_alone(memory_run, tmp_path):
     (tmp_path / "kept").write_text("mine")
     for convert in (to_hf, from_hf):
-        with pytest.raises(ConfigError, match="is there already and not empty; name a new folder"):
+        with pytest.raises(ConfigError, match="already exists and is not empty; name a new folder"):
             convert(memory_run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 

@@ -69,7 +69,7 @@ def refused(folder: pathlib.Path, message: str) -> None:
 )
 def test_a_header_that_lies_is_refused(header, data, length, tmp_path):
     write_raw(tmp_path / "model.safetensors", header, data, length)
-    refused(tmp_path, "model.safetensors: is no sound safetensors file")
+    refused(tmp_path, "model.safetensors: is not a valid safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_header_that_lies_is_refused(header, data, length, tmp_path):
     [
         ("../other/model.safetensors", "must be the name of a file in this folder, not a path"),
         ("/etc/x.safetensors", "must be the name of a file in this folder, not a path"),
-        ("missing.safetensors", "missing.safetensors: is missing, or no file"),
+        ("missing.safetensors", "missing.safetensors: is missing, or not a file"),
         ("weights.bin", r"weight_map\['a'\]='weights.bin' must name a .safetensors file"),
         (7, r"weight_map\['a'\]=7 must name a .safetensors file"),
     ],

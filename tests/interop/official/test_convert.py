@@ -261,7 +261,7 @@ def test_tables_are_shared_where_they_are_equal_or_there_once(fixture_arrays):
         ({"layers.1.attention.wq.weight": None}, "layers.1.attention.wq.weight is missing"),
         ({"layers.0.attention.wq.weight": None}, "layers.0.attention.wq.weight is missing"),
         ({f"layers.{'9' * 5000}.ffn_norm.weight": (8,)}, "not the arrays of an official checkpoint"),
-        ({"layers.3.ffn_norm.weight": (8,)}, "has the layers [0, 1, 3], must have all from 0 on"),
+        ({"layers.3.ffn_norm.weight": (8,)}, "has the layers [0, 1, 3], must have all from 0"),
     ],
 )
 def test_checkpoints_that_cannot_be_are_refused_and_nothing_is_written(tmp_path, fixture_arrays, change, message):
@@ -279,11 +279,11 @@ def test_checkpoints_that_cannot_be_are_refused_and_nothing_is_written(tmp_path,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "params.json must say n_heads or head_dim"),
+        ({}, "params.json must have n_heads or head_dim"),
         ({"n_heads": 3}, "n_heads=3 and head_dim=None in params.json do not fit queries of width 8"),
         ({"n_heads": "2"}, "n_heads=2 and head_dim=None"),
         ({"n_heads": 2, "mem_knn": 5}, "top_k=5 must be in 1..num_keys=4"),
-        ({"n_heads": 2, "mem_knn": "x"}, "describes no model that can be"),
+        ({"n_heads": 2, "mem_knn": "x"}, "describes an impossible model"),
         ({"n_heads": 1}, "do not fit queries of width 8 and keys of width 4"),
         ({"n_heads": True}, "n_heads=True and head_dim=None"),
         ({"n_heads": 2, "rope_theta": 10**400}, "in params.json must be a positive number"),

@@ -155,7 +155,7 @@ WITH_NAN = np.where(np.arange(4) == 1, np.nan, GOOD.new).astype(np.float32)
         ({"shared/rows": np.array([2])}, {}, "as many as there are numbers"),
         ({"shared/new": GOOD.new[:, :3].copy()}, {}, "must be alike"),
         ({"shared/new": GOOD.new.astype(np.float64)}, {}, "must be alike"),
-        ({"shared/old": GOOD.old.astype(np.int32), "shared/new": GOOD.old.astype(np.int32)}, {}, "no floating-point"),
+        ({"shared/old": GOOD.old.astype(np.int32), "shared/new": GOOD.old.astype(np.int32)}, {}, "not floating-point"),
         ({"shared/new": WITH_NAN}, {}, "not finite"),
         ({"shared/new": GOOD.new + 1}, {}, "the digests differ"),
         ({"more": GOOD.new}, {}, "do not name the same tables: more"),
