@@ -26,8 +26,7 @@ class MemoryLayer(LookupLayer):
 
     Memory+ (gate='silu') returns W2 (y * silu(W1 x)); gate='none' returns y, or W2 y if value_dim is not dim. With
     output_gate, the result is scaled by sigmoid(w x), one number per token; with placement="parallel", by one number
-    per
-    channel, initially zero. The model owns the table and passes it in, so that several layers can share it:
+    per channel, initially zero. The model owns the table and passes it in, so that several layers can share it:
 
         table = ValueTable(num_slots=64**2, value_dim=256, rngs=rngs)
         layer = MemoryLayer(256, num_keys=64, num_heads=4, top_k=8, key_dim=128, rngs=rngs)
@@ -56,7 +55,7 @@ class MemoryLayer(LookupLayer):
             config: the layer's settings; None takes the defaults.
             dtype: type of activations; None takes the common type of inputs and parameters.
             param_dtype: type of the parameters.
-            implementation: of search and bag; None takes the fastest that can run.
+            implementation: implementation of search and bag; None takes the fastest that can run.
             rngs: source of the `params` key.
             **settings: fields of `MemoryConfig` that replace those of config.
 

@@ -78,9 +78,9 @@ class LookupLayer(nnx.Module):
         """The layer's output.
 
         Raises:
-            TypeError: a table is not a ValueTable. ValueError: x has the wrong width, or the tables the wrong number or
-            shape; or `memjax.value_and_grad` runs the
-                layer inside a JAX transformation that its reads cannot leave.
+            TypeError: a table is not a ValueTable.
+            ValueError: x has the wrong width, or the tables the wrong number or shape; or `memjax.value_and_grad` runs
+                the layer inside a JAX transformation that its reads cannot leave.
         """
         name = type(self).__name__
         if len(tables) != len(self.READS):

@@ -89,8 +89,7 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
 
     `loss_fn(model, *args, **kwargs)` calls the model's memory layers as usual; their reads are recorded automatically,
     also if layers share a table, under `nnx.remat`, on a mesh, and in a `memjax.Decoder`. `memjax.Optimizer` applies
-    the
-    gradients (those of tables are kept as factors, which `nnx.Optimizer` cannot apply):
+    the gradients (those of tables are kept as factors, which `nnx.Optimizer` cannot apply):
 
         loss, gradients = memjax.value_and_grad(loss_fn)(model, x, y)
         optimizer.update(model, gradients)
@@ -163,8 +162,8 @@ class Optimizer(nnx.Module):
 
         Args:
             model: the model, including the tables that its memory layers read.
-            dense: for all parameters but the tables. Clipping inside it sees only their gradients.
-            tables: for the rows that were read.
+            dense: the transformation of all parameters but the tables. Clipping inside it sees only their gradients.
+            tables: the optimizer of the rows that were read.
             max_grad_norm: gradients are scaled so that their global norm, tables included, is at most this, as
                 `optax.clip_by_global_norm` does under plain autodiff. It costs another pass over the row gradients and
                 their rows, and temporarily one number per row of the tables.
@@ -293,7 +292,7 @@ def _assign(variables: Any, values: Any) -> None:
 
 
 def _named(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
-    """Paths and modules of a kind, each module once."""
+    """Yields the path and the module of every module of a kind, each once."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, kind):
             yield ".".join(map(str, path)) or type(module).__name__, module

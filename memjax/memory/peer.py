@@ -23,8 +23,7 @@ class PEERLayer(LookupLayer):
     """Parameter-efficient expert retrieval (PEER, arXiv:2407.04153): y = sum of weight * gelu(<x, u>) * v.
 
     Product keys select the experts of each token; u and v are an expert's rows in the tables `inputs` and `outputs`.
-    The
-    model owns the tables and passes them in, so that several layers can share them:
+    The model owns the tables and passes them in, so that several layers can share them:
 
         inputs, outputs = (ValueTable(num_slots=64**2, value_dim=256, rngs=rngs) for _ in range(2))
         layer = PEERLayer(256, num_keys=64, num_heads=4, top_k=8, key_dim=128, rngs=rngs)
@@ -53,7 +52,7 @@ class PEERLayer(LookupLayer):
             config: the layer's settings; None takes the defaults.
             dtype: type of activations; None takes the common type of inputs and parameters.
             param_dtype: type of the parameters.
-            implementation: of search, dot and bag; None takes the fastest that can run.
+            implementation: implementation of search, dot and bag; None takes the fastest that can run.
             rngs: source of the `params` key.
             **settings: fields of `PEERConfig` that replace those of config.
 

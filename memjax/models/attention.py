@@ -21,7 +21,7 @@ from memjax.sharding.rules import named
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of one layer, of the tokens seen so far: a cache for generation."""
+    """One layer's keys and values of the tokens seen so far: a cache for generation."""
 
     keys: Float[Array, "b kv_heads s head_dim"]
     """The keys of a head are contiguous, as the matrix products of decoding read them."""
@@ -105,9 +105,8 @@ class Attention(nnx.Module):
         Args:
             x: the new tokens.
             positions: positions of the tokens, both in their text and in the cache; consecutive in each row. A token
-            sees
-                the cache up to its own position; later entries may hold any finite numbers. A token beyond the cache is
-                not written.
+                sees the cache up to its own position; later entries may hold any finite numbers. A token beyond the
+                cache is not written.
             cache: None if nothing is cached and positions count from 0; the new cache then holds just these tokens.
         """
         if cache is None:

@@ -47,7 +47,7 @@ class Block(nnx.Module):
         attention: str | None = None,
         rngs: nnx.Rngs,
     ):
-        """`implementation` is for the operations of memory and experts, `attention` for the attention."""
+        """`implementation` is for the memory and expert operations, `attention` for the attention."""
         kwargs: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         kernels: dict[str, Any] = kwargs | {"implementation": implementation}
         self.norm_placement = config.norm_placement

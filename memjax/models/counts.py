@@ -13,7 +13,7 @@ from memjax.models.parts import DecoderParts
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters."""
+    """Parameter counts of a model."""
 
     dense: int
     """Everything but the experts and the tables."""

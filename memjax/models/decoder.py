@@ -59,8 +59,8 @@ class Decoder(nnx.Module):
 
         Args:
             config: sizes and types.
-            implementation: that of the operations of memory and experts; None takes the fastest that can run.
-            attention: that of the attention (`dot_product.IMPLEMENTATIONS`); None as above.
+            implementation: implementation of the memory and expert operations; None takes the fastest that can run.
+            attention: implementation of the attention (`dot_product.IMPLEMENTATIONS`); None as above.
             rngs: source of the `params` key.
         """
         self.config = config
@@ -116,7 +116,7 @@ class Decoder(nnx.Module):
         token_mask: Bool[Array, "b s"] | None = None,
         training: bool = False,
     ) -> DecoderOutput:
-        """The normed residual stream, and the auxiliary outputs of the blocks, by the layer's name.
+        """The normed residual stream, and the auxiliary outputs of the blocks, by layer name.
 
         Args:
             tokens: token ids.
@@ -127,7 +127,7 @@ class Decoder(nnx.Module):
             remat: what the backward pass recomputes. Results of table reads, and routings, are always kept.
             token_mask: False at padding; None if there is none. Experts that choose tokens skip padding, and rotary
                 frequencies that depend on a row's length do not count it.
-            training: lets experts choose tokens, in models with expert choice.
+            training: whether experts choose tokens, in models with expert choice.
         """
         _check_inputs(tokens, positions=positions, segments=segments, token_mask=token_mask)
         check_ids(tokens, self.config.vocab_size, "tokens")

@@ -34,7 +34,7 @@ class Routing(NamedTuple):
     logits: Float[Array, "t e"]
     """Scores of the experts, in float32 or wider."""
     picks: Int[Array, "t k"]
-    """The experts that each token chooses, best first; if experts choose, in training, those that it would choose."""
+    """The experts that each token chooses, best first; with expert choice in training, those that it would choose."""
 
 
 class RouterStatistics(NamedTuple):
@@ -72,9 +72,9 @@ class MoE(nnx.Module):
     """SwiGLU experts behind a router: out = sum over a token's experts of probability * expert(x).
 
     Token choice is dropless: every token is routed to its top_k most probable experts. With expert choice
-    (arXiv:2202.09368), each expert takes the tokens of a sequence with its highest probabilities during training, a
-    share of capacity / experts, so that all experts do the same amount of work. A token's output then depends on later
-    tokens too, so in generation and evaluation each token takes its most probable expert instead.
+    (arXiv:2202.09368), each expert takes its most probable tokens of every sequence during training: a share of
+    capacity / experts, so that all experts do the same amount of work. A token's output then depends on later tokens
+    too, so in generation and evaluation each token takes its most probable expert instead.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MoE(nnx.Module):
             config: their number and routing; None takes the defaults.
             dtype: type of activations; None takes that of the inputs.
             param_dtype: type of the parameters.
-            implementation: that of `grouped_matmul`; None takes the fastest that can run.
+            implementation: implementation of `grouped_matmul`; None takes the fastest that can run.
             rngs: source of the `params` key.
             **settings: fields of `ExpertsConfig` that replace those of config.
 

@@ -25,7 +25,7 @@ AnyTables = Mapping[str, Table | Float[Array, "n d"]]
 
 @dataclasses.dataclass(frozen=True)
 class DecoderParts:
-    """The structure of a decoder without its arrays; with dense parameters and tables, `merge` makes it a decoder.
+    """The structure of a decoder without its arrays; `merge` adds dense parameters and tables to make a decoder.
 
     Merging costs nothing under `jax.jit` and copies nothing outside it.
     """

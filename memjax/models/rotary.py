@@ -58,7 +58,7 @@ def _frequencies(
     lengths = (jnp.max(positions, axis=1) + 1)[:, None, None, None].astype(wide)
     if scaling.kind == "dynamic":
         beyond = jnp.maximum(lengths / scaling.original_length, 1) - 1
-        # theta grows by this to the power of h / (h - 2).
+        # (half / (half - 1)) is h / (h - 2).
         growth = (1 + scaling.factor * beyond) ** (half / max(half - 1, 1))
         return (theta * growth) ** -exponents
     if scaling.kind == "longrope":

@@ -1,4 +1,4 @@
-"""Refuses token ids for which a model has no embedding, where their values are known."""
+"""Refuses token ids for which a model has no embedding, if their values are known."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
 """Compiled Triton kernels in the folder of JAX's persistent compilation cache.
 
-jax-triton compiles a kernel anew in every process, and JAX looks for a whole program in its cache only after that.
+jax-triton compiles kernels anew in every process: JAX looks up the whole program in its cache only after that.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from memjax.io.files import write_atomic
 
 
 def keep_kernels(lib: Any) -> None:
-    """Patches jax-triton, whose module `triton_lib` this is, to compile only what the cache lacks."""
-    if "JAX_TRITON_DUMP_DIR" in os.environ:  # for which kernels are compiled
+    """Patches `lib`, the module `jax_triton.triton_lib`, to compile only kernels that the cache lacks."""
+    if "JAX_TRITON_DUMP_DIR" in os.environ:  # dumping needs a compilation
         return
     compiler = lib.compile_ttir_inplace
     settings = importlib.import_module("triton._C.libtriton").get_cache_invalidating_env_vars()
@@ -34,7 +34,7 @@ def keep_kernels(lib: Any) -> None:
         folder = jax.config.values["jax_compilation_cache_dir"]
         if not folder or not jax.config.values["jax_enable_compilation_cache"] or not os.path.isdir(folder):
             return compile_()
-        # Before it is compiled, which changes the module.
+        # Computed before the compilation, which modifies the module.
         key = "\n".join([str(module), repr(options), str(compute_capability), platform, version])
         path = pathlib.Path(folder) / f"triton-{hashlib.sha256(key.encode()).hexdigest()}{KERNEL_SUFFIX}"
         with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):  # it is missing or damaged

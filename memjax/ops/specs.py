@@ -26,7 +26,7 @@ class Case(NamedTuple):
     function: Callable[..., Any]
     """(name of the implementation, *arrays) -> arrays."""
     arrays: tuple[Array, ...] = ()
-    """With respect to which it is differentiated."""
+    """Arrays with respect to which it is differentiated."""
 
     def run(self, implementation: str) -> list[Array]:
         """The function's outputs, and the gradients of half the sum of their squares."""

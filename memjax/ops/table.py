@@ -97,7 +97,7 @@ class Table:
         return self.format.decode(payload, None if self.scales is None else pick(self.scales), dtype)
 
     def zeroed(self) -> "Table":
-        """The same table, read as zeros, without memory for another set of rows."""
+        """The table with all values read as zeros, without allocating other rows."""
         if self.scales is not None:
             return dataclasses.replace(self, scales=jnp.zeros_like(self.scales))
         return dataclasses.replace(self, format=Zeros(self.format.name))

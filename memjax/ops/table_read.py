@@ -32,8 +32,9 @@ def read(
     factor: Float[Array, "*t _"],
     mode: IndexMode,
 ) -> tuple[Float[Array, "t _"], Bool[Array, "t k"] | None]:
-    """The result of the operation with batch axes folded, and which indices are in range (None if the mode promises
-    that all are). Indices out of range read row 0.
+    """The operation's result with batch axes folded, and a mask of the indices in range.
+
+    The mask is None if the mode promises that all are. Indices out of range read row 0.
 
     Raises:
         ValueError: the mode is unknown.

@@ -99,7 +99,7 @@ def sequential(function: Callable[..., T]) -> Callable[..., T]:
 
 @functools.cache
 def _jax_triton() -> Any:
-    """The jax_triton module, patched to keep compiled kernels, and to use jaxlib's newer launcher where it does not.
+    """The jax_triton module, patched to cache compiled kernels and, if necessary, to use jaxlib's newer launcher.
 
     jax-triton 0.3 emits custom calls of the oldest interface, and XLA ends a CUDA graph at each of those. jaxlib can
     also launch the same kernels through XLA's foreign function interface, whose calls become part of the graph.

@@ -71,7 +71,7 @@ class Validate(Hook):
         self._is_overdue = saved.get("validation_is_due", False)
 
     def begin(self, trainer: "Trainer") -> None:
-        """Makes an overdue validation, for the row of the previous step."""
+        """Runs an overdue validation, for the row of the previous step."""
         if not self._is_overdue or (loss := self._loss(trainer)) is None:
             return
         self._is_overdue = False
@@ -106,7 +106,7 @@ class Validate(Hook):
 
 
 class Facts(Hook):
-    """Asks a model of biographies for facts, for the step's row: a measure of how it learns them."""
+    """Adds the recall of facts to the step's row, for models of biographies."""
 
     def __init__(self, config: RunConfig):
         people, limit = config.data.biographies, config.eval.recall_people
@@ -116,7 +116,7 @@ class Facts(Hook):
         }
 
     def after_step(self, trainer: "Trainer", step: Step) -> None:
-        """Asks, unless a signal arrives. The end of a run has its own test."""
+        """Measures recall, unless a signal arrives. The end of a run has its own test."""
         if step.is_last:
             return
         accuracies = {}
@@ -131,7 +131,7 @@ class Facts(Hook):
 
 
 class Questions(Hook):
-    """Evaluates question sets and lm-eval tasks, for the step's row."""
+    """Adds the results of question sets and lm-eval tasks to the step's row."""
 
     def __init__(self, config: RunConfig):
         """Reads the questions and loads the tasks once, so that problems show before the first step.

@@ -25,7 +25,7 @@ from memjax.training.state import TrainState
 def finish(
     program: TrainProgram, state: TrainState, mesh: Mesh, folder: RunFolder, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Makes the recall test of runs on biographies, the plots, and the summary, which marks the run as finished.
+    """Runs the recall test of runs on biographies, and writes the plots and the summary, which marks a run as finished.
 
     All processes evaluate the model; the first one writes.
     """

@@ -35,7 +35,7 @@ _TRACKER_THREAD = "memjax log."
 """Prefix of the names of tracker threads, which end with the run unless a service does not answer."""
 
 _SAME_REQUEST_SECONDS = 2.0
-"""Signals within this time are one request, because launchers forward what a terminal also sends directly."""
+"""Signals within this time count as one request, because launchers forward what a terminal also sends directly."""
 
 _HANDLER_SECONDS = 0.5
 """How long Python's own handler has before the thread takes over, since no handler runs while JAX compiles."""

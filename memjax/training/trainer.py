@@ -167,7 +167,7 @@ class Trainer:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """For work other than training: waits for the steps in flight, and does not count towards their time."""
-        # A step's time starts when the previous one is read, so that one is read before the newest finishes; its
+        # A step's time starts when the previous one is read, so that one must be read before the newest finishes. Its
         # progress line also comes before what is printed in the pause.
         self._read()
         jax.block_until_ready(self.state.step)

@@ -22,7 +22,7 @@ def decode_attention(
     Heads come in groups of n / kv that share keys and values. Scores and sums are in float32 or wider.
 
     Args:
-        query: the newest token's; its key is already in the cache.
+        query: queries of the newest token, whose key is already in the cache.
         keys: the cache's keys.
         values: the cache's values.
         lengths: number of entries in each row, the newest token's included; at least 1. Entries beyond it may hold any

@@ -1,4 +1,4 @@
-"""Public API of the matrix-vector product, of which decoding a single text consists."""
+"""Public API of the matrix-vector product, the main work of decoding a single text."""
 
 from jaxtyping import Array, Float
 

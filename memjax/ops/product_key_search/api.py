@@ -32,7 +32,7 @@ def product_key_search(
     """The top_k best of n * n slots per token and head, exactly: scores (best first, float32 or wider) and int32 slots.
 
     A slot i * n + j scores <first half of the query, keys[h, 0, i]> + <second half, keys[h, 1, j]>. The slots of a
-    token and head are distinct, also when scores are equal; which of equal scores come first is not specified.
+    token and head are distinct, even if scores are equal; the order of equal scores is not specified.
     Differentiable in `queries` and `keys`. NaN in gives NaN out.
 
     Args:

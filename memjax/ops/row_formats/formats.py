@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 SMALLEST_GROUP = 16
-"""Minimum number of columns that share a scale, unless a row has fewer; scales of fewer would cost what codes save."""
+"""Minimum number of columns that share a scale, unless a row has fewer: scales of fewer cost more than codes save."""
 
 SCALE_DTYPE = np.dtype(ml_dtypes.bfloat16)
 """Type of scales. Codes are chosen for the rounded scale, so its eight bits of precision cost next to nothing."""
@@ -35,7 +35,7 @@ class RowFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """For settings and messages."""
+        """Name in settings and messages."""
         ...
 
     @property
@@ -126,7 +126,7 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True)
 class Zeros(Plain):
-    """Reads zeros, whatever is stored: a baseline for a plain table that needs no second one."""
+    """Reads as zeros, whatever is stored: a plain table can be zeroed without a second copy."""
 
     def decode(
         self, payload: Float[Array, "*b d"], scales: Num[Array, "*b g"] | None, dtype: DTypeLike

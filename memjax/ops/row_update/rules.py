@@ -15,7 +15,7 @@ from memjax.ops.precision import accumulator
 Kind = Literal["rowwise_adam", "rowwise_adagrad", "adam", "sgd"]
 
 _MOMENT_DTYPES = ("float32", "bfloat16", "float64")
-"""With fewer bits of exponent, squares of gradients vanish."""
+"""Types with enough exponent bits that squares of gradients do not underflow."""
 
 TableState = dict[str, jax.Array]
 """Optimizer state of a table: arrays with a row for every row of the table."""

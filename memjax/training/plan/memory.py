@@ -51,7 +51,7 @@ class Plan:
     state: Bytes
     """Bytes that live from step to step."""
     moment: str
-    """The moment of the peak."""
+    """The moment at which the peak occurs."""
     temporary: Bytes
     """Bytes that live only at that moment."""
 
