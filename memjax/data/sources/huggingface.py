@@ -32,7 +32,7 @@ class DatasetCorpus(Corpus):
         except Exception as error:  # the package wraps no errors of its dependencies
             raise DataError(
                 f"{self.path}: the package datasets cannot load it ({error}); set {self.field}, or data.source=files "
-                "for a folder of save_to_disk"
+                "for local files and folders of save_to_disk"
             ) from error
         return [DataFile(pathlib.Path(kept["filename"]), "arrow", as_text=False) for kept in found.cache_files]
 

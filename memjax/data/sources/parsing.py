@@ -83,7 +83,8 @@ def fields_record(fields: Mapping[str, Any], keys: Keys) -> Record:
         shown = f"{names[:20]}{' and others' if len(names) > 20 else ''}"
         raise MalformedError(
             f"has the fields {shown}, but neither {keys.text!r} nor both {keys.prompt!r} and "
-            f"{keys.answer!r}; set data.text_key, or data.prompt_key and data.answer_key, to fields it has"
+            f"{keys.answer!r}; rename them, or for a training set data.text_key, or data.prompt_key and "
+            "data.answer_key, to fields it has"
         )
     prompt, answer = _text(fields, keys.prompt), _text(fields, keys.answer)
     gap = "" if prompt[-1].isspace() or answer[0].isspace() else " "

@@ -185,6 +185,13 @@ class _MbppRow(_Row):
 
 _LAYOUTS: tuple[type[_Row], ...] = (_OpenRow, _ParagraphRow, _HumanEvalRow, _MbppRow)
 """A line has the first layout whose required fields it all has."""
+_RULES = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "tuple_type": "a list",
+    "too_short": "a list of at least one",
+}
+"""What fields must be, by pydantic's type of the error."""
 
 
 def _open_question(text: str, answers: tuple[str, ...], *, group: str | None = None) -> OpenQuestion:
@@ -225,4 +232,13 @@ def _questions(file: DataFile, layout: type[_Row]) -> Iterator[Question]:
             # Validated from JSON, because only then does pydantic's strict mode accept lists for tuples.
             yield from layout.model_validate_json(payload).questions()
         except pydantic.ValidationError as error:
-            raise DataError(f"{file.path}:{number}: {listed(error)}") from error
+            raise DataError(f"{file.path}:{number}: {_explained(error)}") from error
+
+
+def _explained(error: pydantic.ValidationError) -> str:
+    """The first problem of a line: the field, its value and the rule."""
+    first = error.errors(include_url=False)[0]
+    name, rule = ".".join(map(str, first["loc"])), _RULES.get(first["type"])
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name}={json.dumps(first['input'], ensure_ascii=False)[:100]} must be {rule}" if rule else listed(error)
