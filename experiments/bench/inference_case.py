@@ -29,7 +29,7 @@ from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 from memjax.monitoring.profile import newest_trace, operations, table
 from memjax.ops import dispatch, tiles
-from memjax.ops.decode_attention.api import decode_attention
+from memjax.ops.decode_attention.api import decode_step
 from memjax.ops.product_key_search.api import weighted_search
 from memjax.ops.row_formats import formats
 from memjax.ops.table import Table
@@ -112,7 +112,7 @@ def of_attention(case: Row) -> Iterator[Row]:
     """Decode attention over caches filled to the prompt length, with every implementation and tile."""
     dtype = jnp.float32 if case["small"] else jnp.bfloat16
     runs: dict[str, Callable[..., Any]] = {
-        name: partial(decode_attention, implementation=name) for name in ("triton", "xla")
+        name: partial(decode_step, rotation=None, implementation=name) for name in ("triton", "xla")
     }
     if dispatch.why_not("triton", dtype) is None:
         kernels = dispatch.load("decode_attention", "triton")
@@ -121,25 +121,31 @@ def of_attention(case: Row) -> Iterator[Row]:
         ):
             tile = kernels.Tile(programs, block, num_warps, num_stages)
             name = f"triton {programs} {block}/{num_warps}/{num_stages}"
-            runs[name] = partial(kernels.decode_attention, window=None, tile=tile)
+            runs[name] = partial(kernels.decode_step, rotation=None, window=None, tile=tile)
     for (batch, length), (name, run) in itertools.product(case["sizes"], runs.items()):
         found = {"model": f"decode attention, {name}", "batch": batch, "prompt": length}
         yield found | timing.attempt(lambda: attention_row(case, batch, length, run, dtype))  # noqa: B023
 
 
-def attention_row(case: Row, batch: int, length: int, attend: Callable[..., Any], dtype: Any) -> Row:
+def attention_row(case: Row, batch: int, length: int, step: Callable[..., Any], dtype: Any) -> Row:
     """One layer's attention for one token, with a cache of twice the length that is half full."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    cache = [jax.random.normal(key, (batch, case["heads"], 2 * length, case["width"]), dtype) for key in keys[:2]]
-    query = jax.random.normal(keys[2], (batch, case["heads"], case["width"]), dtype)
-    lengths = jnp.full(batch, length, jnp.int32)
-    # Several calls in one program, like the layers of a model: a single call takes no longer than its launch.
-    calls = 16
+    keys, heads = jax.random.split(jax.random.key(0), 3), case["heads"]
+    cache = [jax.random.normal(key, (batch, heads, 2 * length, case["width"]), dtype) for key in keys[:2]]
+    joined = jax.random.normal(keys[2], (batch, 3 * heads * case["width"]), dtype)
+    positions = jnp.full(batch, length - 1, jnp.int32)
+    # Many calls in one program, like the layers of a model: one call takes no longer than its launch, and the cache is
+    # copied before the first.
+    calls = 64
 
-    def chain(query: Any, keys: Any, values: Any, lengths: Any) -> Any:
-        return jax.lax.fori_loop(0, calls, lambda _, query: attend(query, keys, values, lengths), query)
+    def chain(positions: Any, *arrays: Any) -> Any:
+        def call(_: Any, arrays: Any) -> Any:
+            out, *cache = step(*arrays, positions)
+            return arrays[0].at[:, : out[0].size].set(out.reshape(batch, -1)), *cache
 
-    milliseconds = timing.median_ms(jax.jit(chain), [(query, *cache, lengths)], rounds=case["rounds"], calls=4) / calls
+        return jax.lax.fori_loop(0, calls, call, arrays)
+
+    inputs = [(positions, joined, *cache)]
+    milliseconds = timing.median_ms(jax.jit(chain), inputs, rounds=case["rounds"], calls=4) / calls
     filled = 2 * batch * length * case["heads"] * case["width"] * jnp.dtype(dtype).itemsize
     return {"ms a token": milliseconds, "note": f"{filled / milliseconds / 1e6:.0f} GB/s of what is filled"}
 

@@ -280,11 +280,6 @@ class ModelConfig(Section):
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
-    def value_dim(self) -> int:
-        """Width of a memory table's row; `dim` if there is no memory."""
-        return (self.memory and self.memory.value_dim) or self.dim
-
-    @property
     def expert_dim(self) -> int:
         """Hidden width of an expert."""
         return (self.experts and self.experts.ffn_dim) or self.ffn_dim

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.ops.decode_attention.api import decode_attention, decode_step
+from memjax.ops.decode_attention.api import decode_step
 
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
 # Rows, heads, heads of keys, width of a head, positions of the cache. Groups and widths that fill no whole tile.
@@ -15,15 +15,16 @@ SHAPES = [(3, 4, 2, 8, 96), (2, 3, 3, 24, 40), (1, 5, 1, 16, 7)]
 
 
 def draw(shape, dtype="float32"):
-    """A query, and a cache with large numbers behind lengths of all kinds."""
+    """New tokens, and a cache with large numbers behind positions of all kinds."""
     (rows, heads, kv_heads, width, size), rng = shape, np.random.default_rng(sum(shape))
-    lengths = np.array([size, 1, (size + 1) // 2][:rows], np.int32)
-    query = rng.normal(size=(rows, heads, width))
+    # The last place, the first, one in the middle.
+    positions = np.array([size - 1, 0, (size - 1) // 2][:rows], np.int32)
+    joined = rng.normal(size=(rows, (heads + 2 * kv_heads) * width))
     keys, values = rng.normal(size=(2, rows, kv_heads, size, width))
-    for row, length in enumerate(lengths):
-        keys[row, :, length:] = values[row, :, length:] = 1e4
-    query, keys, values = (jnp.asarray(array, dtype) for array in (query, keys, values))
-    return query, keys, values, jnp.asarray(lengths)
+    for row, place in enumerate(positions):
+        keys[row, :, place:] = values[row, :, place:] = 1e4
+    joined, keys, values = (jnp.asarray(array, dtype) for array in (joined, keys, values))
+    return joined, keys, values, jnp.asarray(positions)
 
 
 def by_hand(query, keys, values, lengths, window):
@@ -38,32 +39,14 @@ def by_hand(query, keys, values, lengths, window):
     return out
 
 
-@cache
-def compiled(implementation, window):
-    return jax.jit(partial(decode_attention, window=window, implementation=implementation))
-
-
 @every_implementation
-@pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_query_sees_what_is_filled_and_in_the_window(implementation, window, shape):
-    arguments = draw(shape)
-    out = compiled(implementation, window)(*arguments)
-    np.testing.assert_allclose(out, by_hand(*arguments, window), rtol=2e-5, atol=2e-5)
-
-
-@every_implementation
-def test_lengths_and_positions_may_be_unsigned_or_narrow(implementation):
-    query, keys, values, _ = draw((2, 2, 1, 8, 300))
-    joined = jnp.concatenate([query.reshape(2, -1), keys[:, 0, 0], values[:, 0, 0]], axis=1)
-    kinds = [jnp.array([3, 100], kind) for kind in ("int32", "int8")]
-    expected, found = (decode_attention(query, keys, values, kind, implementation=implementation) for kind in kinds)
-    np.testing.assert_array_equal(found, expected)
-    kinds = [jnp.array([3, 255], kind) for kind in ("int32", "uint8")]
-    for one, other in zip(
-        *(decode_step(joined, keys, values, kind, None, implementation=implementation) for kind in kinds), strict=True
-    ):
-        np.testing.assert_array_equal(one, other)
+def test_positions_may_be_unsigned_or_narrow(implementation):
+    joined, keys, values, _ = draw((2, 2, 1, 8, 300))
+    step = partial(decode_step, joined, keys, values, rotation=None, implementation=implementation)
+    for kind, places in (("int8", [3, 100]), ("uint8", [3, 255])):
+        expected, found = (step(jnp.array(places, kind)) for kind in ("int32", kind))
+        for one, other in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @cache
@@ -76,6 +59,30 @@ def turned(x, angles):
     half = x.shape[1] // 2
     pairs = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
     return np.concatenate([pairs.real, pairs.imag], axis=1)
+
+
+def stepped(joined, keys, values, positions, window, angles=None):
+    """The attention and the cache, with numpy in float64."""
+    joined, keys, values = (np.array(array, np.float64) for array in (joined, keys, values))
+    (_, kv_heads, size, width), query = keys.shape, []
+    for row, place in enumerate(positions):
+        parts = joined[row].reshape(-1, width)
+        heads = len(parts) - 2 * kv_heads
+        if angles is not None:
+            parts[: heads + kv_heads] = turned(parts[: heads + kv_heads], angles[row])
+        query.append(parts[:heads])
+        if place < size:
+            keys[row, :, place], values[row, :, place] = parts[heads : heads + kv_heads], parts[heads + kv_heads :]
+    return by_hand(np.stack(query), keys, values, np.minimum(positions + 1, size), window), keys, values
+
+
+@every_implementation
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_token_sees_what_is_filled_and_in_the_window(implementation, window, shape):
+    arguments = draw(shape)
+    out, *_ = compiled_step(implementation, window)(*arguments, None)
+    np.testing.assert_allclose(out, stepped(*arguments, window)[0], rtol=2e-5, atol=2e-5)
 
 
 @every_implementation
@@ -91,17 +98,9 @@ def test_a_step_writes_the_new_entry_and_sees_it(implementation, window, shape, 
     rotation = None if angles is None else (jnp.float32(np.cos(angles)), jnp.float32(np.sin(angles)))
     arrays = (jnp.float32(array) for array in (joined, keys, values))
     out, *written = compiled_step(implementation, window)(*arrays, jnp.asarray(positions), rotation)
-    query = np.zeros((rows, heads, width))
-    for row, place in enumerate(positions):
-        parts = joined[row].reshape(-1, width)
-        if angles is not None:
-            parts[: heads + kv_heads] = turned(parts[: heads + kv_heads], angles[row])
-        query[row] = parts[:heads]
-        if place < size:
-            keys[row, :, place], values[row, :, place] = parts[heads : heads + kv_heads], parts[heads + kv_heads :]
-    expected = by_hand(query, keys, values, np.minimum(positions + 1, size), window)
+    expected, *cache = stepped(joined, keys, values, positions, window, angles)
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
-    for found, array in zip(written, (keys, values), strict=True):
+    for found, array in zip(written, cache, strict=True):
         np.testing.assert_allclose(found, array, rtol=2e-6, atol=2e-6)
 
 
@@ -112,29 +111,27 @@ def test_a_step_writes_the_new_entry_and_sees_it(implementation, window, shape, 
 )
 def test_sixteen_bits_are_summed_in_float32(implementation, dtype):
     arguments = draw(SHAPES[0], dtype)
-    out = compiled(implementation, None)(*arguments)
+    out, *_ = compiled_step(implementation, None)(*arguments, None)
     assert out.dtype == dtype
     tolerance = 4 * float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(np.asarray(out, np.float64), by_hand(*arguments, None), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), stepped(*arguments, None)[0], rtol=tolerance, atol=tolerance
+    )
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    query, keys, values, lengths = draw(SHAPES[0])
+def test_arrays_that_do_not_fit_are_refused():
+    joined, keys, values, positions = draw(SHAPES[0])
+    half = jnp.zeros((3, 4))
     for wrong in (
-        (query[:, :3], keys, values, lengths),
-        (query, keys[..., :4], values, lengths),
-        (query, keys, values[:, :, :5], lengths),
-        (query[:1], keys, values, lengths),
+        (joined[:, :60], keys, values, positions, (half, half)),
+        (joined[:, :32], keys, values, positions, (half, half)),
+        (joined[:2], keys, values, positions, (half, half)),
+        (joined, keys, values[:, :, :5], positions, (half, half)),
+        (joined, keys, values, positions[:2], (half, half)),
+        (joined, keys, values, positions, (half, jnp.zeros((3, 8)))),
+        (joined, keys.astype("float16"), values, positions, (half, half)),
     ):
-        with pytest.raises((ValueError, TypeError), match=r"decode_attention|shape"):
-            decode_attention(*wrong)
-    with pytest.raises(ValueError, match="window=0 must be positive"):
-        decode_attention(query, keys, values, lengths, window=0)
-
-
-def test_a_step_refuses_shapes_that_do_not_fit():
-    _, keys, values, lengths = draw(SHAPES[0])
-    for joined, angles in (((3, 60), 4), ((3, 32), 4), ((2, 64), 4), ((3, 64), 8)):
-        half = jnp.zeros((3, angles))
         with pytest.raises((ValueError, TypeError), match=r"decode_step|shape"):
-            decode_step(jnp.zeros(joined), keys, values, lengths, (half, half))
+            decode_step(*wrong)
+    with pytest.raises(ValueError, match="window=0 must be positive"):
+        decode_step(joined, keys, values, positions, (half, half), window=0)

@@ -5,21 +5,21 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from memjax.ops.decode_attention.api import decode_attention, decode_step
+from memjax.ops.decode_attention.api import decode_step
 from memjax.ops.specs import Case, Draw, Specs
 
 
 def specs(draw: Draw) -> Specs:
-    """Attention over caches of different lengths, whole or a window, and a step that writes its entries first."""
-    keys, values, query = draw.normal(3, 2, 96, 16), draw.normal(3, 2, 96, 16), draw.normal(3, 4, 16)
-    lengths, joined, angles = jnp.asarray([96, 1, 40], jnp.int32), draw.normal(3, 8 * 16), draw.normal(3, 8)
+    """New tokens over caches of several lengths, all of them or a window, with and without rotary positions."""
+    keys, values, joined = draw.normal(3, 2, 96, 16), draw.normal(3, 2, 96, 16), draw.normal(3, 8 * 16)
+    positions, angles = jnp.asarray([95, 0, 39], jnp.int32), draw.normal(3, 8)
     rotation = (jnp.cos(angles), jnp.sin(angles))
 
-    def attend(window: int | None, name: str) -> Any:
-        return decode_attention(query, keys, values, lengths, window=window, implementation=name)
+    def step(rotation: Any, window: int | None, name: str) -> Any:
+        return decode_step(joined, keys, values, positions, rotation, window=window, implementation=name)
 
     return {
-        "attention": Case(partial(attend, None)),
-        "window": Case(partial(attend, 5)),
-        "step": Case(lambda name: decode_step(joined, keys, values, lengths - 1, rotation, implementation=name)),
+        "step": Case(partial(step, rotation, None)),
+        "window": Case(partial(step, rotation, 5)),
+        "no positions": Case(partial(step, None, None)),
     }

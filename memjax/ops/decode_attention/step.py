@@ -29,7 +29,7 @@ def decode_step(
     )
     lengths = jnp.minimum(positions + 1, size)
     attend = dispatch.load("decode_attention", implementation).decode_attention
-    return attend(query, keys.astype(query.dtype), values.astype(query.dtype), lengths, window), keys, values
+    return attend(query, keys, values, lengths, window), keys, values
 
 
 def turn(x: Float[Array, "*b h"], cos: Float[Array, "*#b half"], sin: Float[Array, "*#b half"]) -> Float[Array, "*b h"]:

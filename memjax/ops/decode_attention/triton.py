@@ -60,50 +60,16 @@ def _store(
 
 
 @triton.jit
-def piece_kernel(
-    query_ptr, keys_ptr, values_ptr, lengths_ptr, out_ptr, highest_ptr, total_ptr, SIZE: tl.constexpr,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WINDOW: tl.constexpr,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Attention of a group's heads over one piece of a row's cache: weighted sum, highest score and sum of weights.
-
-    HEADS and COLUMNS are GROUP and WIDTH rounded up to what tl.dot accepts.
-    """
-    row, kv_head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    end = tl.load(lengths_ptr + row)
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(end - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(end - begin, PIECES), BLOCK) * BLOCK
-    first = begin + piece * share
-    last = tl.minimum(first + share, end)
-
-    head, column = tl.arange(0, HEADS), tl.arange(0, COLUMNS)
-    is_head, is_column = head < GROUP, column < WIDTH
-    own = (row * KV_HEADS + kv_head) * GROUP + head
-    query = tl.load(
-        query_ptr + own[:, None] * WIDTH + column[None, :], mask=is_head[:, None] & is_column[None, :], other=0.0
-    )
-    highest = tl.full((HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS,), tl.float32)
-    out = tl.zeros((HEADS, COLUMNS), tl.float32)
-    cache = (row * KV_HEADS + kv_head) * SIZE * WIDTH
-    highest, total, out = _attend(
-        query, keys_ptr, values_ptr, cache, first, last, column, highest, total, out, WIDTH, SCALE, BLOCK
-    )
-    _store(out_ptr, highest_ptr, total_ptr, own, piece, is_head, column, highest, total, out, WIDTH, PIECES)
-
-
-@triton.jit
 def step_kernel(
     joined_ptr, keys_ptr, values_ptr, positions_ptr, cos_ptr, sin_ptr, out_ptr, highest_ptr, total_ptr, new_keys_ptr,
     new_values_ptr, SIZE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     PIECES: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`piece_kernel` for a token that the cache does not hold yet: rotates its query and key, and writes its entry.
+    """One piece of a row's cache for the heads of a group: the weighted sum, its highest score, the sum of weights.
 
-    The first piece starts with the new entry in registers, and writes it; no program reads it from the cache.
+    Queries and the new key are turned first. The first piece begins with the new entry, from registers, and writes it;
+    no program reads it from the cache. HEADS and COLUMNS are GROUP and WIDTH rounded up to what matrix products take.
     """
     row, kv_head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     own_position = tl.load(positions_ptr + row)
@@ -177,22 +143,6 @@ def weigh_kernel(
     tl.store(out_ptr + head * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=is_column)
 
 
-def decode_attention(
-    query: Float[Array, "b n h"],
-    keys: Float[Array, "b kv s h"],
-    values: Float[Array, "b kv s h"],
-    lengths: Int[Array, " b"],
-    window: int | None,
-    *,
-    tile: Tile | None = None,
-) -> Float[Array, "b n h"]:
-    """Reads only the filled part of each row's cache."""
-    keys, values = keys.astype(query.dtype), values.astype(query.dtype)
-    arguments = (query, keys, values, lengths.astype(jnp.int32))
-    out, _ = _launch(piece_kernel, arguments, query.shape[1], keys, window, tile)
-    return out
-
-
 def decode_step(
     joined: Float[Array, "b width"],
     keys: Float[Array, "b kv s h"],
@@ -203,36 +153,23 @@ def decode_step(
     *,
     tile: Tile | None = None,
 ) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
-    """One kernel rotates, writes the new entries and attends; the cache is updated in place."""
-    positions = positions.astype(jnp.int32)
-    arguments = (joined, keys, values, positions, *(rotation or (positions, positions)))
-    num_heads = joined.shape[1] // keys.shape[3] - 2 * keys.shape[1]
-    out, (keys, values) = _launch(
-        step_kernel, arguments, num_heads, keys, window, tile, written=2, TURNED=rotation is not None
-    )
-    return out, keys, values
-
-
-def _launch(
-    kernel, arguments: tuple[Array, ...], heads: int, cache: Array, window: int | None, tile: Tile | None,
-    written: int = 0, **constants: int,
-) -> tuple[Array, list[Array]]:  # fmt: skip
-    """Attention by one of the kernels, and the `written` arguments after the query, which it updates in place."""
-    (batch, kv_heads, size, width), dtype = cache.shape, arguments[0].dtype
+    """One kernel for positions, the new entry and the attention; the cache is written in place."""
+    (batch, kv_heads, size, width), dtype = keys.shape, joined.dtype
+    heads = joined.shape[1] // width - 2 * kv_heads
     tile = tile or tiles.default_tile(width, dtype.itemsize)
     longest = size if window is None else min(size, window)
     pieces = min(ceil_div(longest, tile.block), max(1, tile.programs // (batch * kv_heads)))
     narrow = jax.ShapeDtypeStruct((batch, heads, pieces), jnp.float32)
     wide = jax.ShapeDtypeStruct((batch, heads, pieces, width), dtype if pieces == 1 else jnp.float32)
-    caches = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arguments[1 : 1 + written]]
-    out, highest, total, *caches = triton_call.launch(
-        kernel,
-        *arguments,
-        out=[wide, narrow, narrow, *caches],
+    out, highest, total, keys, values = triton_call.launch(
+        step_kernel,
+        *(joined, keys, values, positions),
+        *(rotation or (positions, positions)),
+        out=[wide, narrow, narrow, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (keys, values))],
         grid=(batch, kv_heads, pieces),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        aliases={1 + number: 3 + number for number in range(written)},
+        aliases={1: 3, 2: 4},
         SIZE=size,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
@@ -240,13 +177,13 @@ def _launch(
         PIECES=pieces,
         WINDOW=window or 0,
         SCALE=width**-0.5,
-        **constants,
+        TURNED=rotation is not None,
         HEADS=max(16, next_power_of_two(heads // kv_heads)),
         COLUMNS=max(16, next_power_of_two(width)),
         BLOCK=tile.block,
     )
     if pieces == 1:
-        return out[:, :, 0], caches
+        return out[:, :, 0], keys, values
     (summed,) = triton_call.launch(
         weigh_kernel,
         out,
@@ -260,4 +197,4 @@ def _launch(
         PADDED=next_power_of_two(pieces),
         COLUMNS=next_power_of_two(width),
     )
-    return summed, caches
+    return summed, keys, values
