@@ -70,6 +70,41 @@ def load_halves(halves_ptr, mask, DIM: tl.constexpr):
 
 
 @triton.jit
+def updated(
+    old, old_second, gradient, lr, floats_ptr, first_ptr, second_ptr, place, second_place, inside, WIDTH: tl.constexpr,
+    KIND: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """`RowRule.apply` to WIDTH columns of a row, which are returned; writes their state.
+
+    The second moments of adam are at `place`, like the columns; those of other rules, one for all columns, have been
+    read, and belong to second_place.
+    """
+    if KIND == "sgd":
+        new = old - lr * gradient
+    elif KIND == "adam":
+        first = tl.load(first_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(second_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        first = BETA1 * first + (1 - BETA1) * gradient
+        second = BETA2 * second + (1 - BETA2) * gradient * gradient
+        corrected = tl.sqrt(second / tl.load(floats_ptr + 2))
+        new = old - lr * first / tl.load(floats_ptr + 1) / (corrected + EPS)
+        tl.store(first_ptr + place, first.to(first_ptr.dtype.element_ty), mask=inside)
+        tl.store(second_ptr + place, second.to(second_ptr.dtype.element_ty), mask=inside)
+    else:
+        square = tl.sum(gradient * gradient, axis=0) / WIDTH
+        second = old_second
+        if KIND == "rowwise_adam":
+            second = tl.where(second == 0, square, BETA2 * second + (1 - BETA2) * square)
+        else:
+            second = second + square
+        new = old
+        if KIND != "rowwise_norm":
+            new = old - lr / (tl.sqrt(second) + EPS) * gradient
+        tl.store(second_ptr + second_place, second)
+    return new
+
+
+@triton.jit
 def update_kernel(
     table_in_ptr,
     first_in_ptr,
@@ -101,8 +136,8 @@ def update_kernel(
 ):
     """Sums CHUNK sorted picks by row and updates the rows in place, over WIDTH columns.
 
-    Rows from NUM_ROWS on, such as those of padding, are left alone.
-    With PARTIAL, the picks are the previous round's partial sums, and those of weight zero do not exist.
+    Rows that do not exist (NUM_ROWS and above, such as those of padding) are left alone.
+    Where PARTIAL, the picks are the partial sums of the round before, and those of weight zero do not exist.
     """
     blocks: tl.constexpr = (DIM + WIDTH - 1) // WIDTH
     # Programs with the same picks run side by side, because their rows lie in the same pages.
@@ -163,29 +198,11 @@ def update_kernel(
                         store_halves(partial_ptr, total, inside, DIM)
                     elif picked > 0:
                         place = rows[ahead].to(tl.int64) * DIM + columns
-                        value = olds[ahead].to(tl.float32)
-                        if KIND == "sgd":
-                            new = value - lr * total
-                        elif KIND == "adam":
-                            first = tl.load(first_ptr + place, mask=inside, other=0.0).to(tl.float32)
-                            second = tl.load(second_ptr + place, mask=inside, other=0.0).to(tl.float32)
-                            first = BETA1 * first + (1 - BETA1) * total
-                            second = BETA2 * second + (1 - BETA2) * total * total
-                            corrected = tl.sqrt(second / tl.load(floats_ptr + 2))
-                            new = value - lr * first / tl.load(floats_ptr + 1) / (corrected + EPS)
-                            tl.store(first_ptr + place, first.to(first_ptr.dtype.element_ty), mask=inside)
-                            tl.store(second_ptr + place, second.to(second_ptr.dtype.element_ty), mask=inside)
-                        else:
-                            square = tl.sum(total * total, axis=0) / WIDTH
-                            second = old_seconds[ahead]
-                            if KIND == "rowwise_adam":
-                                second = tl.where(second == 0, square, BETA2 * second + (1 - BETA2) * square)
-                            else:
-                                second = second + square
-                            new = value
-                            if KIND != "rowwise_norm":
-                                new = value - lr / (tl.sqrt(second) + EPS) * total
-                            tl.store(second_ptr + rows[ahead].to(tl.int64) * blocks + block, second)
+                        second_place = rows[ahead].to(tl.int64) * blocks + block
+                        new = updated(
+                            olds[ahead].to(tl.float32), old_seconds[ahead], total, lr, floats_ptr, first_ptr,
+                            second_ptr, place, second_place, inside, WIDTH, KIND, BETA1, BETA2, EPS,
+                        )  # fmt: skip
                         if ROUND:
                             hashed_row = mix(hashed_step ^ rows[ahead].to(tl.uint32))
                             new = round_up_or_down(new, hashed_row, first_column, COLUMNS, IN_PAIRS)
