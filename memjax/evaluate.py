@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import pathlib
 import re
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from memjax.config.load import READ_RUN, parse
 from memjax.errors import ConfigError, DataError
-from memjax.evaluation.offline import forbid_downloads
+from memjax.evaluation.offline import forbid_downloads, require_lm_eval
 from memjax.evaluation.settings import EvaluateConfig
 from memjax.io.command import exit_code
 from memjax.io.console import fitted
@@ -54,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(run: str, settings: EvaluateConfig) -> None:
     # Unreadable files are refused before the model is loaded.
     sets, examples = _question_sets(settings)
-    if settings.tasks and importlib.util.find_spec("lm_eval") is None:
-        asked = ",".join(settings.tasks)
-        raise ConfigError(f"tasks={asked} needs the package lm-eval: pip install lm-eval")
+    require_lm_eval("tasks", settings.tasks)
     with loaded(run, settings) as found:
         asked = dataclasses.asdict(settings)
         if found.patches:

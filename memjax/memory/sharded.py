@@ -178,9 +178,9 @@ def _update_by_picks(
     rule: RowRule,
     implementation: str | None,
 ) -> tuple[Array, TableState]:
-    """Updates a device's columns by the picks of all tokens."""
-    of_all, step = [_gather_gradient(gradient, whole_mesh=True) for gradient in gradients], _of_columns(step, table)
-    return row_update(table, state, of_all, rule, step, implementation=implementation)
+    """The update of a device's columns by the picks of all tokens."""
+    gathered = [_gather_mesh(gradient) for gradient in gradients]
+    return row_update(table, state, gathered, rule, _of_columns(step, table), implementation=implementation)
 
 
 def no_rows(table: Float[Array, "n d"], after: Any = ()) -> RowSum:
@@ -201,18 +201,20 @@ def add_rows(
     implementation: str | None = None,
     piece_picks: int = dense.PIECE_PICKS,
 ) -> RowSum:
-    """Adds row gradients of all tokens of the mesh to a sum; nothing crosses `data`."""
-    settings = {"has_mesh": has_memory_axis(), "implementation": implementation, "piece_picks": piece_picks}
-    if not settings["has_mesh"]:
-        return unsharded(partial(_add_own, **settings), total.gradient)(total, tuple(gradients))
-    return over_mesh(_add_own, (_ROW_SUM, (_FACTORS,) * len(gradients)), _ROW_SUM, **settings)(total, tuple(gradients))
+    """The sum with row gradients of all tokens of the mesh added; nothing crosses `data`."""
+    settings = {"implementation": implementation, "piece_picks": piece_picks}
+    if has_memory_axis():
+        specs = (_ROW_SUM, (_FACTORS,) * len(gradients))
+        run = over_mesh(_add_own, specs, _ROW_SUM, gather=_gather_replica, **settings)
+    else:
+        run = unsharded(partial(_add_own, **settings), total.gradient)
+    return run(total, tuple(gradients))
 
 
 @alike_over_tensor
-def _add_own(total: RowSum, gradients: Sequence[RowGradient], *, has_mesh: bool, **settings: Any) -> RowSum:
-    gather = partial(_gather_gradient, whole_mesh=False) if has_mesh else lambda gradient: gradient
-    start = total.gradient[0], total.touched[0, 0]
-    gradient, touched = dense.summed(gradients, start, gather=gather, **settings)
+def _add_own(total: RowSum, gradients: Sequence[RowGradient], **settings: Any) -> RowSum:
+    """The sum of a device's columns."""
+    gradient, touched = dense.summed(gradients, (total.gradient[0], total.touched[0, 0]), **settings)
     return RowSum(gradient[None], touched[None, None])
 
 
@@ -257,9 +259,13 @@ def _is_plain(tokens: Array) -> bool:
     return not has_memory_axis() or tokens.size == 0
 
 
-def _gather_gradient(gradient: RowGradient, *, whole_mesh: bool) -> RowGradient:
-    """The row gradient of a device's columns by all tokens of the whole mesh, or of the device's replica."""
-    over = (rules.DATA, rules.MEMORY) if whole_mesh else rules.MEMORY
-    gather = partial(jax.lax.all_gather, tiled=True)
-    indices, weights = gather(gradient.indices, over), gather(gradient.weights, over)
-    return RowGradient(indices, weights, gather(gradient.vectors, rules.DATA) if whole_mesh else gradient.vectors)
+def _gather_mesh(gradient: RowGradient) -> RowGradient:
+    """The row gradient of a device's columns, for the tokens of the whole mesh."""
+    indices, weights = (jax.lax.all_gather(picks, (rules.DATA, rules.MEMORY), tiled=True) for picks in gradient[:2])
+    return RowGradient(indices, weights, jax.lax.all_gather(gradient.vectors, rules.DATA, tiled=True))
+
+
+def _gather_replica(gradient: RowGradient) -> RowGradient:
+    """The row gradient of a device's columns, for the tokens of its replica of the table."""
+    indices, weights = (jax.lax.all_gather(picks, rules.MEMORY, tiled=True) for picks in gradient[:2])
+    return gradient._replace(indices=indices, weights=weights)

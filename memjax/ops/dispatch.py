@@ -1,7 +1,7 @@
 """Which implementation of an operation runs.
 
-An implementation is a module `memjax.ops.<operation>.<name>` with the functions that the `api` of the operation calls. A
-requested one runs or raises; it is never substituted. None takes the first of IMPLEMENTATIONS that can run.
+An implementation is a module `memjax.ops.<operation>.<name>` with the functions that the operation's `api` calls. A
+requested implementation runs or raises; it is never substituted. None takes the first of IMPLEMENTATIONS that can run.
 """
 
 import importlib

@@ -78,6 +78,11 @@ def by_columns(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     return jax.tree.map(lambda array: NamedSharding(mesh, rules.COLUMNS if array.ndim == 2 else rules.REPLICATED), tree)
 
 
+def divisible(batch_size: int, mesh: Mesh) -> int:
+    """The batch size, rounded up so that all devices of the mesh get the same number of sequences."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def put_batch(mesh: Mesh, batch: dict[str, Any], spec: PartitionSpec) -> dict[str, jax.Array]:
     """Puts a batch on the devices. Every process has all of it, and gives its own devices their shards."""
     sharding = NamedSharding(mesh, spec)

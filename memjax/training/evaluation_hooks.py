@@ -1,7 +1,6 @@
 """Hooks that evaluate the model while it trains."""
 
 import contextlib
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,13 @@ from memjax.data.packing import Batch
 from memjax.data.sources import biographies
 from memjax.errors import ConfigError, DataError
 from memjax.evaluation.model import EvalModel
-from memjax.evaluation.offline import forbid_downloads
+from memjax.evaluation.offline import forbid_downloads, require_lm_eval
 from memjax.evaluation.perplexity import validation_loss
 from memjax.evaluation.question_sets.formats import read_question_sets
 from memjax.evaluation.question_sets.report import question_report
 from memjax.evaluation.recall import recall
 from memjax.io.console import say
-from memjax.sharding.mesh import put_batch
+from memjax.sharding.mesh import divisible, put_batch
 from memjax.sharding.rules import TOKENS
 from memjax.training.hook import Hook
 from memjax.training.in_flight import Step
@@ -123,9 +122,13 @@ class Facts(Hook):
         with trainer.paused(), contextlib.suppress(_Stopped):
             for name, questions in self._questions.items():
                 if questions:
-                    size = -(-256 // trainer.mesh.size) * trainer.mesh.size
-                    tokenizer = trainer.dataset.tokenizer
-                    found = recall(trainer.model(), tokenizer, questions, batch_size=size, place=_place(trainer))
+                    found = recall(
+                        trainer.model(),
+                        trainer.dataset.tokenizer,
+                        questions,
+                        batch_size=divisible(256, trainer.mesh),
+                        place=_place(trainer),
+                    )
                     accuracies[f"eval/facts/{name}"] = found.accuracy
             step.host_metrics |= accuracies
 
@@ -141,8 +144,7 @@ class Questions(Hook):
             DataError: a set cannot be read, or a task cannot be loaded.
         """
         asked = self._asked = config.eval
-        if asked.tasks and importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError(f"eval.tasks={','.join(asked.tasks)} needs the package lm-eval: pip install lm-eval")
+        require_lm_eval("eval.tasks", asked.tasks)
         if jax.process_count() > 1:
             raise ConfigError(
                 "eval.questions and eval.tasks are for one process; use python -m memjax.evaluate on checkpoints"
@@ -158,13 +160,13 @@ class Questions(Hook):
     def after_step(self, trainer: "Trainer", step: Step) -> None:
         if _is_stopped(trainer):
             return
-        config, size = trainer.config, trainer.mesh.size
+        config = trainer.config
         with trainer.paused():
             model = EvalModel(
                 model=trainer.model(),
                 tokenizer=trainer.dataset.tokenizer,
                 max_length=config.data.sequence_length,
-                batch_size=-(-64 // size) * size,
+                batch_size=divisible(64, trainer.mesh),
                 progress_seconds=config.log.progress_seconds,
             )
             if self._sets:

@@ -15,7 +15,7 @@ from memjax.models.counts import count_parameters
 from memjax.monitoring.metrics import WINDOW, comparable, has_usage, read_metrics
 from memjax.monitoring.plots import plot_run
 from memjax.runs.folder import RunFolder
-from memjax.sharding.mesh import put_batch
+from memjax.sharding.mesh import divisible, put_batch
 from memjax.sharding.processes import is_first, process_zero_first
 from memjax.sharding.rules import TOKENS
 from memjax.training.program import TrainProgram
@@ -49,7 +49,7 @@ def _ask_for_facts(program: TrainProgram, state: TrainState, mesh: Mesh, tokeniz
         tokenizer,
         config.data,
         config.eval.recall_people,
-        batch_size=-(-256 // mesh.size) * mesh.size,
+        batch_size=divisible(256, mesh),
         place=lambda batch: put_batch(mesh, batch, TOKENS),
         donate=True,
     )
