@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.data.sources.records import Record
+from memjax.data.tokenize import Pairs
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.knowledge.facts import Fact, batch_of, pairs_of, round_up, width_of, windows
 from memjax.knowledge.reads import SlotReads, table_gradients, tables_of
@@ -85,31 +86,55 @@ def learn(
     """
     check_vocabulary(tokenizer.vocab_size, model.config.vocab_size)
     parts, params, tables = split_decoder(model)
-    pairs = [windows(pairs_of(fact.wordings, tokenizer), longest) for fact in facts]
-    old = windows(pairs_of(known, tokenizer), longest) if recipe.replay else []
-    width = width_of([*old, *(found for fact in pairs for found in fact)])
-    size = min(recipe.batch_size, len(facts))
-    num_new = round_up(sum(sorted(map(len, pairs), reverse=True)[:size]))
-    num_rows = num_new + (round_up(recipe.replay) if old else 0)
-    tables = jax.tree.map(jnp.copy, writable(tables))  # the step donates them
+    tables = jax.tree.map(jnp.copy, writable(tables))  # which the step donates
     state = {name: recipe.row_optimizer(recipe.lr).init(table) for name, table in tables.items()}
     state = committed_as(jax.tree.map(split_columns, state), (params, tables))
     counts = {name: jnp.asarray(found) for name, found in background.counts.items()}
-    run = _program(parts.graphdef, recipe, background.texts)
-    order, step, total = np.random.default_rng(recipe.seed), 0, recipe.epochs * -(-len(facts) // size)
+    batches = _Batches(
+        [windows(pairs_of(fact.wordings, tokenizer), longest) for fact in facts],
+        windows(pairs_of(known, tokenizer), longest) if recipe.replay else [],
+        recipe,
+    )
+    run, step = _program(parts.graphdef, recipe, background.texts), 0
     for epoch in range(1, recipe.epochs + 1):
-        numbers, losses = order.permutation(len(facts)).tolist(), []
-        for start in range(0, len(facts), size):
-            rows = [found for number in numbers[start : start + size] for found in pairs[number]]
-            drawn = [old[number] for number in order.integers(len(old), size=num_rows - num_new)] if old else []
-            batch = batch_of(drawn + rows, (num_rows, width)) | {"first_new": jnp.asarray(len(drawn))}
-            tables, state, loss = run(params, tables, state, counts, batch, recipe.lr * (1 - step / total), step)
+        losses = []
+        for batch in batches.of_epoch():
+            lr = recipe.lr * (1 - step / (recipe.epochs * len(batches)))
+            tables, state, loss = run(params, tables, state, counts, batch, lr, step)
             losses.append(loss)
             step += 1
         mean = float(np.mean(jax.device_get(losses)))
         if after_epoch and after_epoch(epoch, mean, parts.merge(params, tables)):
             break
     return parts.merge(params, tables)
+
+
+class _Batches:
+    """Facts in batches of one shape: first some texts of the background, if there are any, then the new rows."""
+
+    def __init__(self, facts: Sequence[Sequence[Pairs]], known: Sequence[Pairs], recipe: Recipe):
+        """`facts` has the rows of each fact, `known` those of the background."""
+        self._facts, self._known, self._size = facts, known, min(recipe.batch_size, len(facts))
+        self._num_known = round_up(recipe.replay) if known else 0
+        most_new = sum(sorted(map(len, facts), reverse=True)[: self._size])
+        width = width_of([*known, *(row for fact in facts for row in fact)])
+        self._shape = (self._num_known + round_up(most_new), width)
+        self._rng = np.random.default_rng(recipe.seed)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self._facts) // self._size)
+
+    def of_epoch(self) -> Iterator[dict[str, Array]]:
+        """All facts in a new order, each batch with other texts of the background."""
+        numbers = self._rng.permutation(len(self._facts)).tolist()
+        for start in range(0, len(numbers), self._size):
+            new = [row for number in numbers[start : start + self._size] for row in self._facts[number]]
+            known = []
+            if self._known:
+                drawn = self._rng.integers(len(self._known), size=self._num_known)
+                known = [self._known[number] for number in drawn]
+            yield batch_of(known + new, self._shape) | {"first_new": jnp.asarray(len(known))}
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ from memjax.knowledge.background import background_of
 from memjax.knowledge.corpus import open_corpus
 from memjax.knowledge.facts import Fact
 from memjax.knowledge.finetune import Recipe, learn
+from memjax.knowledge.slots import Background
 from memjax.models.decoder import Decoder
 from memjax.monitoring.progress import Progress
 from memjax.runs.load import LoadedModel
@@ -113,27 +114,8 @@ def learn_facts(
     background = background_of(loaded, records)
     groups = {name: _spread(some, most_questions) for name, some in _held_out(loaded, held_out).items()}
     probe = _Probe.of(loaded, facts, groups, list(map(text_of, records)))
-    before, began, last = probe.measure(loaded.model), time.perf_counter(), ""
-
-    def after_epoch(epoch: int, loss: float, model: Decoder) -> bool:
-        nonlocal last
-        rate = probe.known(model, NEW)
-        last = f"loss {loss:.4f}" + ("" if rate is None else f"  {NEW} {rate:.1%}")
-        progress.update(epoch, f"epoch {epoch}/{recipe.epochs}  {last}")
-        last += f"  after {epoch} of {recipe.epochs} epochs"
-        return rate == 1
-
-    with Progress(recipe.epochs, _PROGRESS_SECONDS) as progress:
-        learned = learn(
-            loaded.model,
-            loaded.tokenizer,
-            facts,
-            background,
-            recipe,
-            longest=loaded.config.data.sequence_length,
-            known=records[:_REPLAYED],
-            after_epoch=after_epoch,
-        )
+    before, began = probe.measure(loaded.model), time.perf_counter()
+    learned, last = _learn(loaded, facts, background, records[:_REPLAYED], recipe, probe)
     seconds = time.perf_counter() - began
     say(f"learned in {seconds:.0f} s: {last}")
     patch = patch_between(loaded, learned, {})
@@ -153,6 +135,39 @@ def learn_facts(
         say(hint)
     say(f"written to {path}")
     return patch
+
+
+def _learn(
+    loaded: LoadedModel,
+    facts: Sequence[Fact],
+    background: Background,
+    known: Sequence[Record],
+    recipe: Recipe,
+    probe: _Probe,
+) -> tuple[Decoder, str]:
+    """The model after the last epoch, or the first one after which it knows all facts; and a line about that epoch."""
+    last = ""
+
+    def after_epoch(epoch: int, loss: float, model: Decoder) -> bool:
+        nonlocal last
+        rate = probe.known(model, NEW)
+        last = f"loss {loss:.4f}" + ("" if rate is None else f"  {NEW} {rate:.1%}")
+        progress.update(epoch, f"epoch {epoch}/{recipe.epochs}  {last}")
+        last += f"  after {epoch} of {recipe.epochs} epochs"
+        return rate == 1
+
+    with Progress(recipe.epochs, _PROGRESS_SECONDS) as progress:
+        learned = learn(
+            loaded.model,
+            loaded.tokenizer,
+            facts,
+            background,
+            recipe,
+            longest=loaded.config.data.sequence_length,
+            known=known,
+            after_epoch=after_epoch,
+        )
+    return learned, last
 
 
 def advice(patch: Patch, known: float, recipe: Recipe) -> str | None:

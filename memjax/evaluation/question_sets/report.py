@@ -70,18 +70,7 @@ def question_report(
     for (one, questions, _), graded in zip(asked, ask(model), strict=True):
         for question, answer in zip(questions, graded, strict=True):
             keep({"set": one.name, **_shown(question), "answers": answer.answers, **answer.metrics})
-        entries.append(
-            {
-                "name": one.name,
-                "path": str(one.path),
-                "kind": questions[0].kind,
-                "questions": len(questions),
-                "of": len(one.questions),
-                "prompts_cut": sum(answer.is_cut for answer in graded),
-                "metrics": _means(graded),
-                "by_group": _by_group(questions, graded),
-            }
-        )
+        entries.append(_entry(one, questions, graded))
     if zero_tables and (zeroed := model.zeroed()):
         again = ask(zeroed, " with the tables zeroed")
         for (_, questions, _), entry, graded in zip(asked, entries, again, strict=True):
@@ -163,6 +152,20 @@ def _shown(question: Question) -> dict[str, Any]:
     group = {"group": question.group} if question.group is not None else {}
     expected = {"expected": question.answers} if isinstance(question, OpenQuestion) else {}
     return {"question": question.text, **group, **expected}
+
+
+def _entry(whole: QuestionSet, asked: Sequence[Question], graded: Sequence[Graded]) -> dict[str, Any]:
+    """The results of a set as JSON values."""
+    return {
+        "name": whole.name,
+        "path": str(whole.path),
+        "kind": asked[0].kind,
+        "questions": len(asked),
+        "of": len(whole.questions),
+        "prompts_cut": sum(answer.is_cut for answer in graded),
+        "metrics": _means(graded),
+        "by_group": _by_group(asked, graded),
+    }
 
 
 def _means(graded: Sequence[Graded]) -> dict[str, float]:
