@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from memjax.io.console import warn
@@ -48,8 +48,9 @@ class MetricsFile:
         self._written = 0
         """Size of the file in bytes, up to the last complete line."""
         self._warned = False
-        rows = [row for row in read_metrics(path) if row["step"] <= last_step]
-        write_atomic(path, "".join(_line(row) for row in rows))
+        # As they stand, since a long run has a million of them.
+        lines = {row["step"]: line for row, line in _rows(path) if row["step"] <= last_step}
+        write_atomic(path, b"".join(lines[step] + b"\n" for step in sorted(lines)))
         self._file: io.FileIO | None = None
         self._open()
 
@@ -122,19 +123,26 @@ class MetricsFile:
 
 def read_metrics(path: pathlib.Path) -> list[Row]:
     """The rows of a metrics file in order of steps, without damaged lines and values; the last row of a step counts."""
-    rows: dict[int, Row] = {}
+    rows = {row["step"]: row for row, _ in _rows(path)}
+    return [rows[step] for step in sorted(rows)]
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[Row, bytes]]:
+    """The rows in a metrics file, without damaged lines and values, each with a line that holds it."""
     try:
         lines = read_document(path, None).splitlines()
     except FileNotFoundError:
-        return []
+        return
     for line in lines:
         try:
             row = json.loads(line)  # invalid UTF-8 is a ValueError too
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and type(row.get("step")) is int:
-            rows[row["step"]] = {name: value for name, value in row.items() if _is_metric(value)}
-    return [rows[step] for step in sorted(rows)]
+            if not all(map(_is_metric, row.values())):
+                row = {name: value for name, value in row.items() if _is_metric(value)}
+                line = _line(row).rstrip().encode()
+            yield row, line
 
 
 def _is_metric(value: Any) -> bool:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import tracemalloc
 
 import jax
 import pytest
@@ -43,6 +44,23 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_replaced(tmp_path):
     file.write({"step": 3, "train/loss": 0.25})
     file.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_long_file_is_opened_in_little_more_memory_than_it_takes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "train/loss": 2.5, "train/tokens": 1000 + step} | {f"metric {n}": n / 7 for n in range(8)}
+            for step in range(1, 5001)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = path.stat().st_size
+    tracemalloc.start()
+    try:
+        MetricsFile(path, last_step=4990).close()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert read_metrics(path) == rows[:4990]
+    # The file, its lines, and what is written; as rows it was seven times its size.
+    assert peak < 4.5 * size
 
 
 def test_a_file_that_is_not_there_has_no_rows(tmp_path):
