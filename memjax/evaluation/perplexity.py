@@ -123,7 +123,7 @@ def _limit(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
     left = math.inf if max_bytes is None else max_bytes
     for text in texts:
         if not isinstance(text, str):
-            raise TypeError(f"a document must be a text, found {type(text).__name__}")
+            raise TypeError(f"a document must be a string, found {type(text).__name__}")
         size = len(text.encode())
         if size > left:
             text = text.encode()[: int(left)].decode(errors="ignore")

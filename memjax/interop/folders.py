@@ -62,7 +62,7 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
 def _finite(text: str) -> float:

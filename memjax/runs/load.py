@@ -272,7 +272,7 @@ def _format_of(record: Any, settings: TableSettings, saved: DTypeLike, folder: p
     if settings.format is not None and settings.format.name != found.name:
         raise ConfigError(
             f"table_format={settings.format.name}: the tables of {run_folder(folder)} are stored in {found.name}, "
-            "which is not changed again; leave table_format out, or convert the run that it was made from"
+            "which cannot be converted again; leave table_format out, or convert the run that it was made from"
         )
     return found
 

@@ -29,7 +29,7 @@ _MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 """If these are ignored at the start, as under nohup or in the background of a script, they stay ignored."""
 
 SAVED, NOTHING_SAVED, CHECKPOINT_TROUBLE = 75, 130, 4
-"""Exit codes: the same command resumes from a checkpoint; there is none; one could not be written or read."""
+"""Exit codes: the same command resumes from a checkpoint; there is no checkpoint; one could not be written or read."""
 
 _TRACKER_THREAD = "memjax log."
 """Prefix of the names of tracker threads, which end with the run unless a service does not answer."""

@@ -93,11 +93,13 @@ def check_mirror(folder: pathlib.Path, address: str) -> None:
     checked again before anything is sent.
     """
     if importlib.util.find_spec("fsspec") is None:
-        raise ConfigError(f"run.mirror={address} takes the package fsspec; pip install 'memjax[remote]'")
+        raise ConfigError(f"run.mirror={address} needs the package fsspec: pip install 'memjax[remote]'")
     if not is_remote(address):
         here, there = folder.resolve(), pathlib.Path(address).resolve()
         if here.is_relative_to(there) or there.is_relative_to(here):
-            raise ConfigError(f"run.mirror={address} and run.dir={folder} must be folders apart; name another mirror")
+            raise ConfigError(
+                f"run.mirror={address} and run.dir={folder} must be separate folders; name another mirror"
+            )
     try:
         problem = remote.why_not_mirror(folder, address)
     except ModuleNotFoundError as error:

@@ -55,7 +55,7 @@ def abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def train_step(program: TrainProgram, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """The step itself, to be traced."""
+    """The step itself, which `make_train_step` compiles."""
     num_targets, num_tokens = batch["loss_mask"].sum(), (batch["segments"] > 0).sum()
     # A batch without target tokens has a loss of 0.
     at_least_one = jnp.maximum(num_targets, 1), jnp.maximum(num_tokens, 1)

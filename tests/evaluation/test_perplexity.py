@@ -129,7 +129,7 @@ def batches(packing: Literal["none", "first_fit"] = "none") -> list[Batch]:
 
 @pytest.mark.parametrize("text", [b"bytes", None, 3, ["nested"]])
 def test_what_is_no_text_is_refused(as_users_call, text):
-    with pytest.raises(TypeError, match=f"a document must be a text, found {type(text).__name__}"):
+    with pytest.raises(TypeError, match=f"a document must be a string, found {type(text).__name__}"):
         bits_per_byte(tiny(), TOKENIZER, ["a text", text], sequence_length=LENGTH)
 
 

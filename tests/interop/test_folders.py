@@ -151,7 +151,7 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
     ("content", "message"),
     [
         (b'{"a": 1', "cannot be read as JSON"),
-        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": NaN}', "NaN is not a number"),
         (b'{"a": 1e999}', "1e999 is too large"),
         (b"\xff{}", "cannot be read as JSON"),
         (b"[1]", "must hold a JSON object, not list"),

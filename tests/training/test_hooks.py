@@ -391,8 +391,8 @@ def test_a_mirror_is_refused_before_the_first_step(tmp_path, monkeypatch, capsys
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "x").touch()
     for address, problem in (
-        (str(run / "copy"), "must be folders apart"),
-        (str(tmp_path), "must be folders apart"),
+        (str(run / "copy"), "must be separate folders"),
+        (str(tmp_path), "must be separate folders"),
         (str(tmp_path / "used"), "holds files that are not a mirror's"),
     ):
         with pytest.raises(ConfigError, match=problem):

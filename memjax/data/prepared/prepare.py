@@ -110,7 +110,7 @@ def prepare(
                 return
             if folder.exists():
                 raise DataError(
-                    f"{folder}: is there, but holds no prepared data; remove it, or name another data.prepared"
+                    f"{folder}: exists, but holds no prepared data; remove it, or name another data.prepared"
                 )
             if partial.exists():
                 say(f"{partial}: an unfinished preparation is removed and begun again")

@@ -154,7 +154,7 @@ class CorpusStream:
         if self.num_malformed > config.max_malformed:
             raise DataError(
                 f"{self.corpus.path}: more than data.max_malformed={config.max_malformed} records cannot be used, "
-                f"the last at {where}; mend the files or raise the limit. The first:\n  " + "\n  ".join(self.examples)
+                f"the last at {where}; repair the files or raise the limit. The first:\n  " + "\n  ".join(self.examples)
             )
 
 

@@ -126,8 +126,8 @@ class Files(Source):
             stop = self._num_training(corpus, len(reader))
             if not _has_records(reader, stop):
                 raise DataError(
-                    f"{corpus.path}: none of the first {stop:,} records, which are those of the training, can be used; "
-                    "mend the files, or hold out fewer with data.validation_fraction"
+                    f"{corpus.path}: none of the first {stop:,} records, which are those for training, can be used; "
+                    "repair the files, or hold out fewer with data.validation_fraction"
                 )
             training.append(Split(reader=reader, start=0, stop=stop, weight=corpus.weight))
             if stop < len(reader):

@@ -96,7 +96,7 @@ class LineRecords(Records):
                     raise _changed(path)
                 scan.mtime_ns = status.st_mtime_ns
         except OSError as error:
-            raise DataError(f"{path}: cannot be read any more ({error}); put the file back") from error
+            raise DataError(f"{path}: can no longer be read ({error}); put the file back") from error
         if len(line) != stop - start:
             raise _changed(path)
         return line
@@ -130,7 +130,7 @@ class _OpenFile:
 
 def _changed(path: pathlib.Path) -> DataError:
     return DataError(
-        f"{path}: the file has changed since the run opened it; put back what it held, or start a new run with what it "
+        f"{path}: the file has changed since the run opened it; restore what it held, or start a new run with what it "
         "holds now"
     )
 

@@ -49,7 +49,7 @@ class TiktokenTokenizer(Tokenizer):
         self._ranks, self._pattern, self._bos, self._eos = dict(ranks), pattern, bos, eos
         of_bytes = {base64.b64decode(token): rank for token, rank in ranks.items()}
         if missing := [byte for byte in range(256) if bytes([byte]) not in of_bytes]:
-            raise ValueError(f"{len(missing)} of the 256 bytes are no tokens; texts would lose them")
+            raise ValueError(f"{len(missing)} of the 256 bytes are not tokens; texts would lose them")
         if len(of_bytes) < len(ranks) or len(set(of_bytes.values())) < len(ranks):
             raise ValueError("two tokens have the same rank, or two ranks the same token")
         for rank in (min(of_bytes.values()), max(of_bytes.values())):

@@ -112,7 +112,9 @@ def _examples(whole: QuestionSet, asked: Iterable[Question], sets: Sequence[Ques
     sources = [one for one in sets if one.family == whole.family] if sets else [whole]
     if not sources:
         others = ", ".join(sorted({one.family for one in sets}))
-        raise DataError(f"{whole.path}: --examples holds none of {whole.family}, only of {others}; name a file of it")
+        raise DataError(
+            f"{whole.path}: --examples has no questions of {whole.family}, only of {others}; name a file that has"
+        )
     by_group: dict[str | None, list[Question]] = defaultdict(list)
     every = [question for source in sources for question in source.questions]
     for question in every:

@@ -125,7 +125,7 @@ def to_hf(
     expected = _logits(model)
     if not np.isfinite(expected).all():
         raise CheckpointError(
-            f"{run}: its logits are not finite, so that nothing can be compared with them; its weights hold NaN, "
+            f"{run}: its logits are not finite, so nothing can be compared with them; its weights hold NaN, "
             "infinity or numbers that are too large: take another checkpoint"
         )
     with written_whole(out) as folder:
@@ -188,7 +188,9 @@ def _kept_fields(folder: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
             f"like={folder} has no tokenizer to compare with the run's; leave like out: {problem}"
         ) from error
     if found.fingerprint != tokenizer.fingerprint:
-        raise ConfigError(f"like={folder} has another tokenizer than the run; name the folder that its model came from")
+        raise ConfigError(
+            f"like={folder} has a different tokenizer from the run's; name the folder that its model came from"
+        )
     return {name: fields[name] for name in _KEPT_FIELDS if name in fields}
 
 

@@ -125,7 +125,7 @@ def patched(
     for path in patches:
         patch = read_patch(path)
         if patch.identity in known:
-            raise CheckpointError(f"{patch_file(path)}: is applied already, as patch {patch.identity}")
+            raise CheckpointError(f"{patch_file(path)}: is already applied, as patch {patch.identity}")
         known.add(patch.identity)
         found.append((str(patch_file(path)), patch))
     return overlay(tables, found, base=model_digest(checkpoints, step)) if found else dict(tables)

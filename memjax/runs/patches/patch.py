@@ -162,7 +162,7 @@ def _parse(document: Any, arrays: dict[str, np.ndarray]) -> Patch:
         raise ValueError(f"its version is {version!r:.40}, this memjax reads {_VERSION}")
     base, sizes, notes = document["base"], document["tables"], document["notes"]
     if not isinstance(base, str) or not isinstance(sizes, dict) or not isinstance(notes, dict):
-        raise ValueError("base must be a text, tables and notes must be objects")
+        raise ValueError("base must be a string, tables and notes must be objects")
     expected = {f"{name}/{part}" for name in sizes for part in ("rows", "old", "new")}
     if expected != arrays.keys():
         wrong = sorted(expected ^ arrays.keys())

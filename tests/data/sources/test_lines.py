@@ -193,7 +193,7 @@ def test_a_file_that_is_cut_or_rewritten_while_it_is_read_is_an_error_that_names
         assert records[99] == (Segment("lines   99", True),)
         change()
         os.utime(path, ns=(1, 1))
-        with pytest.raises(DataError, match=r"a\.txt: the file has changed since the run opened it; put back"):
+        with pytest.raises(DataError, match=r"a\.txt: the file has changed since the run opened it; restore"):
             records[98]
 
 
@@ -214,7 +214,7 @@ def test_a_file_that_is_gone_is_named(tmp_path):
     path.write_text("a\nb")
     records = texts(path)
     path.unlink()
-    with pytest.raises(DataError, match=r"a\.txt: cannot be read any more .*put the file back"):
+    with pytest.raises(DataError, match=r"a\.txt: can no longer be read .*put the file back"):
         records[0]
 
 

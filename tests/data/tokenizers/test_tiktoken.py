@@ -87,7 +87,7 @@ def test_what_is_no_file_of_ranks_is_refused(tokenizer_files):
     for wrong in (b"?? 3\n", b"eA==\n", b"eA== x\n"):
         with pytest.raises(ValueError, match=re.escape("line 265 is not a token in base 64 and its rank")):
             build(content + wrong)
-    with pytest.raises(ValueError, match="1 of the 256 bytes are no tokens"):
+    with pytest.raises(ValueError, match="1 of the 256 bytes are not tokens"):
         build(b"\n".join(content.splitlines()[1:]))
     with pytest.raises(ValueError, match="two tokens have the same rank"):
         build(content + base64.b64encode(b"xyz") + b" 3\n")

@@ -78,7 +78,7 @@ def test_examples_can_come_from_another_part_of_the_set(model, asked):
     subjects = whole(question(50, "a"), question(51, "b"), path="facts_train.jsonl")
     question_report(model, [whole(question(1, "b"))], examples=[subjects], **settings)
     assert asked == [("q51? none\n\n", "q1")]
-    with pytest.raises(DataError, match=r"facts_test.jsonl: --examples holds none of facts, only of trivia"):
+    with pytest.raises(DataError, match=r"facts_test.jsonl: --examples has no questions of facts, only of trivia"):
         question_report(model, [whole(question(1))], examples=[other], **settings)
     settings["shots"] = 2
     with pytest.raises(DataError, match="--shots must be at most 1: a question has no more examples"):

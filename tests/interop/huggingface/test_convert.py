@@ -107,7 +107,7 @@ def test_what_belongs_to_the_model_is_kept_from_where_it_came(memory_run, tmp_pa
     (tmp_path / "like" / "config.json").write_text(json.dumps(fields | changed | {"hidden_size": 1}))
     (tmp_path / "like" / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(
-        ConfigError, match="has another tokenizer than the run; name the folder that its model came from"
+        ConfigError, match="has a different tokenizer from the run's; name the folder that its model came from"
     ):
         to_hf(memory_run, tmp_path / "other", like=tmp_path / "like")
     (tmp_path / "bare").mkdir()

@@ -86,7 +86,7 @@ def test_load_lays_patches_over_the_model_and_writes_nothing(runs):
     assert files_of(base) == before
     with pytest.raises(CheckpointError, match=r"a.safetensors has changed 1 rows of table shared \(4\) too"):
         table_of(base, patches["a"], patches["c"])
-    with pytest.raises(CheckpointError, match="is applied already"):
+    with pytest.raises(CheckpointError, match="is already applied"):
         table_of(base, patches["b"], patches["b"])
 
 
@@ -96,7 +96,7 @@ def test_an_applied_patch_is_part_of_the_model_until_it_is_taken_back(runs, caps
     assert command.main(["apply", base, patches["a"]]) == 0
     identity = capsys.readouterr().out.split()[-1]
     np.testing.assert_array_equal(table_of(base), tables["a"])
-    with pytest.raises(CheckpointError, match=f"is applied already, as patch {identity}"):
+    with pytest.raises(CheckpointError, match=f"is already applied, as patch {identity}"):
         edit.apply(base, patches["a"])
     with pytest.raises(CheckpointError, match="has changed 1 rows"):
         edit.apply(base, patches["c"])

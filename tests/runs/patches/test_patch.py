@@ -160,7 +160,7 @@ WITH_NAN = np.where(np.arange(4) == 1, np.nan, GOOD.new).astype(np.float32)
         ({"shared/new": GOOD.new + 1}, {}, "the digests differ"),
         ({"more": GOOD.new}, {}, "do not name the same tables: more"),
         ({}, {"version": 2}, "its version is 2"),
-        ({}, {"base": 3}, "base must be a text"),
+        ({}, {"base": 3}, "base must be a string"),
         ({}, {"tables": []}, "tables and notes must be objects"),
         ({}, {"tables": {"shared": {}}}, "has no 'num_slots'"),
         ({}, {"tables": {"shared": 7}}, "not a patch"),
