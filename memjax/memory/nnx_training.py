@@ -175,7 +175,7 @@ class Optimizer(nnx.Module):
         # Checked by methods, because `optax.MultiSteps` is not a GradientTransformation.
         if not all(callable(getattr(dense, method, None)) for method in ("init", "update")):
             raise TypeError(
-                f"dense must be a transformation of optax, as optax.adam(1e-3), found {type(dense).__name__}"
+                f"dense must be an optax transformation such as optax.adam(1e-3), found {type(dense).__name__}"
             )
         if not isinstance(tables, RowOptimizer):
             raise TypeError(f"tables must be a memjax.RowOptimizer, found {type(tables).__name__}")
@@ -261,7 +261,7 @@ class Optimizer(nnx.Module):
 
 def _check_gradients(gradients: Gradients) -> None:
     if not isinstance(gradients, Gradients):
-        raise TypeError(f"gradients must be those of memjax.value_and_grad, found {type(gradients).__name__}")
+        raise TypeError(f"gradients must come from memjax.value_and_grad, found {type(gradients).__name__}")
 
 
 def _true_after(dense: Any) -> Bool[Array, ""]:

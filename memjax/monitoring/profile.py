@@ -82,15 +82,15 @@ def overlaps(profile: Any) -> dict[str, Overlap]:
 def describe_overlap(device: str, overlap: Overlap) -> str:
     """Formats a GPU's overlap as one line of text."""
     span, idle, collectives, exposed = (f"{seconds * 1e3:,.1f} ms" for seconds in overlap)
-    text = f"{device}: {span} from first to last operation, of which idle {idle}"
-    return f"{text}, collectives {collectives}, of which nothing else ran {exposed}" if overlap.collectives else text
+    text = f"{device}: {span} from first to last operation, of which {idle} idle"
+    return f"{text}, collectives {collectives}, of which {exposed} exposed" if overlap.collectives else text
 
 
 def table(found: list[Operation], top: int) -> str:
     """Formats the slowest operations as a table, each with its share of the total time."""
     total = sum(operation.seconds for operation in found)
     if not found:
-        return "no operation is in the trace"
+        return "the trace has no operations"
     rest = found[top:]
     shown = found[:top]
     if rest:

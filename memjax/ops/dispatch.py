@@ -73,7 +73,7 @@ def why_not(name: str, dtype: DTypeLike = jnp.float32) -> str | None:
     if name != "triton":
         return None
     if jnp.dtype(dtype) == jnp.float64:
-        return "its kernels add in float32, which would be too coarse for float64"
+        return "its kernels accumulate in float32, which is too coarse for float64"
     return triton_call.why_not()
 
 

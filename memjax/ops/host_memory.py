@@ -122,7 +122,9 @@ class _Driver:
 def _driver() -> _Driver:
     device = jax.devices()[0]
     if device.platform != "gpu":
-        raise ConfigError(f"table_place=host: memory is pinned for NVIDIA GPUs, and the device is a {device.platform}")
+        raise ConfigError(
+            f"table_place=host: host memory can be pinned only for NVIDIA GPUs, and the device is a {device.platform}"
+        )
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:

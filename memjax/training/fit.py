@@ -46,7 +46,7 @@ def fit(
     words = [f"--{name}={value if isinstance(value, str) else show(value)}" for name, value in (settings or {}).items()]
     if isinstance(config, RunConfig):
         if words:
-            raise ValueError("settings replace those of a file, a preset or a run; of a RunConfig, change the object")
+            raise ValueError("settings are for a file, a preset or a run; change a RunConfig itself")
     else:
         config = load_config(RunConfig, pathlib.Path(config) if config is not None else None, words)
     _check(config)

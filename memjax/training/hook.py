@@ -66,7 +66,7 @@ class Periodic:
         """Refuses a period of less than one step."""
         if self.every is not None and self.every < 1:
             raise ValueError(
-                f"hook {self.name}: every is {self.every}; it must be 1 or more, or None for after the last step alone"
+                f"hook {self.name}: every={self.every} must be 1 or more, or None for only after the last step"
             )
 
     def is_due(self, step: Step) -> bool:

@@ -78,7 +78,7 @@ class InFlight:
             if not metrics.pop("healthy"):
                 self._steps.clear()
                 raise NotFinite(
-                    f"step {step.number}: not a number somewhere (loss {metrics['train/loss']:.4g}, gradient norm "
+                    f"step {step.number}: a value is not finite (loss {metrics['train/loss']:.4g}, gradient norm "
                     f"{metrics['train/grad_norm']:.4g}). Try a lower optim.lr or optim.table.lr, or look at the data."
                 )
             self._before_each()

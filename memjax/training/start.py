@@ -86,7 +86,7 @@ def check_start(config: RunConfig) -> None:
             ]
         )
     for line in differences(saved, config.model):
-        say(f"other than in {source}: model.{line}")
+        say(f"differs from {source}: model.{line}")
 
 
 def _check_own_steps(folder: RunFolder, config: RunConfig) -> bool:
@@ -126,7 +126,7 @@ def log_schedule_changes(claim: Claim) -> None:
         )
         if was != now:
             say(
-                f"{name}: its {new.schedule} schedule is laid over {config.train.steps} steps now; the rate of step "
+                f"{name}: its {new.schedule} schedule now spans {config.train.steps} steps; the rate of step "
                 f"{step} is {now:.2e}, it was {was:.2e} over {before.train.steps}"
             )
 

@@ -399,12 +399,12 @@ def test_what_is_of_flax_and_optax_is_refused_by_name(as_users_call):
     with pytest.raises(TypeError, match=r"tables must be a memjax.RowOptimizer, found GradientTransformation"):
         memjax.Optimizer(model, dense=wrong, tables=wrong)  # pyright: ignore[reportArgumentType]
     for other in (0.1, nnx.Optimizer(model, wrong, wrt=nnx.Param)):
-        rule = rf"dense must be a transformation of optax, as optax.adam\(1e-3\), found {type(other).__name__}"
+        rule = rf"dense must be an optax transformation such as optax.adam\(1e-3\), found {type(other).__name__}"
         with pytest.raises(TypeError, match=rule):
             memjax.Optimizer(model, dense=other, tables=RowOptimizer(0.1))  # pyright: ignore[reportArgumentType]
     optimizer = memjax.Optimizer(model, dense=wrong, tables=RowOptimizer(0.1))
     for method in (optimizer.update, optimizer.grad_norm):
-        with pytest.raises(TypeError, match=r"gradients must be those of memjax.value_and_grad, found State"):
+        with pytest.raises(TypeError, match=r"gradients must come from memjax.value_and_grad, found State"):
             method(model, nnx.state(model))  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"must return a pair, \(loss, aux\)"):
         memjax.value_and_grad(loss_fn, has_aux=True)(model, *data())

@@ -257,7 +257,7 @@ def test_gradients_of_every_form_agree(form, shape):
 def test_float64_is_not_for_triton():
     with jax.enable_x64(True):
         queries, keys, top_k = jnp.ones((3, 1, 4)), jnp.ones((1, 2, 4, 2)), 2
-        with pytest.raises(NotImplementedError, match="'triton' cannot run: its kernels add in float32"):
+        with pytest.raises(NotImplementedError, match="'triton' cannot run: its kernels accumulate in float32"):
             product_key_search(queries, keys, top_k, implementation="triton")
         assert product_key_search(queries, keys, top_k)[0].dtype == jnp.float64
 

@@ -438,7 +438,7 @@ def test_arguments_that_do_not_fit_are_refused(as_users_call):
         with pytest.raises(ValueError, match="needs a list of at least one RowGradient"):
             row_update(table, {}, none, RULES["sgd"], row_step(1.0, 0))
     rate: Any = 0.1
-    with pytest.raises(TypeError, match=r"step must be that of memjax.row_step\(lr, step\), found float"):
+    with pytest.raises(TypeError, match=r"step must come from memjax.row_step\(lr, step\), found float"):
         row_update(table, {}, [one], RULES["sgd"], rate)
     narrow = RowGradient(jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1)), jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="vectors of width 4 cannot update rows of 8"):

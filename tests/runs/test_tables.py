@@ -408,7 +408,7 @@ def test_without_a_driver_the_message_says_so(monkeypatch):
     with pytest.raises(ConfigError, match=r"needs the CUDA driver, which cannot be loaded: libcuda\.so\.1"):
         host_memory.address_of(np.zeros(8, np.uint8))
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="memory is pinned for NVIDIA GPUs, and the device is a cpu"):
+    with pytest.raises(ConfigError, match="memory can be pinned only for NVIDIA GPUs, and the device is a cpu"):
         host_memory.address_of(np.zeros(8, np.uint8))
 
 

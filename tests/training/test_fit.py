@@ -54,7 +54,7 @@ def test_settings_come_from_a_preset_a_file_a_run_or_an_object(asked, tmp_path):
 def test_wrong_settings_are_refused_as_on_the_command_line(asked):
     with pytest.raises(ConfigError, match=r"train\.stesp: unknown setting; did you mean 'train\.steps'"):
         memjax.fit("quickstart", {"train.stesp": 3})
-    with pytest.raises(ValueError, match="change the object"):
+    with pytest.raises(ValueError, match="change a RunConfig itself"):
         memjax.fit(RunConfig(), {"train.steps": 3})
     assert asked == []
 

@@ -81,7 +81,7 @@ def test_a_hook_is_due_at_its_period_and_after_the_last_step(every, due):
 
 @pytest.mark.parametrize("every", [0, -3])
 def test_a_period_of_no_step_is_refused(every):
-    with pytest.raises(ValueError, match=rf"hook mine: every is {every}; it must be 1 or more, or None"):
+    with pytest.raises(ValueError, match=rf"hook mine: every={every} must be 1 or more, or None"):
         Periodic("mine", Hook(), every)
 
 

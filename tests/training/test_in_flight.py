@@ -46,7 +46,7 @@ def test_a_step_that_is_not_finite_drops_those_after_it():
         in_flight.push(step(number, healthy=number < 2))
     finished = in_flight.finished(keep=0)
     assert next(finished)[0].number == 1
-    with pytest.raises(NotFinite, match=r"step 2: not a number somewhere \(loss 1, gradient norm 2\)"):
+    with pytest.raises(NotFinite, match=r"step 2: a value is not finite \(loss 1, gradient norm 2\)"):
         next(finished)
     assert len(in_flight) == 0
 

@@ -324,7 +324,7 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
         code, printed = run("run")
     assert code == 5, printed
     # The loss is a number and so is the gradient of all but the table, but the step has looked further.
-    assert re.search(rf"step {BAD_STEP}: not a number somewhere \(loss \d+\.\d+, gradient norm \d+\.\d+\)", printed), (
+    assert re.search(rf"step {BAD_STEP}: a value is not finite \(loss \d+\.\d+, gradient norm \d+\.\d+\)", printed), (
         printed
     )
     assert f"The state before it is saved as step {BAD_STEP - 1}." in printed

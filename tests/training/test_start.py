@@ -218,7 +218,7 @@ def test_what_more_steps_do_to_the_rates_is_told(trained, capsys):
     # By hand: step 21 of 40 is 21/40 of half a cosine; the shorter run had reached its lowest rate.
     now = lr * (last + (1 - last) * (1 + np.cos(np.pi * 21 / 40)) / 2)
     assert capsys.readouterr().out == (
-        f"optim: its cosine schedule is laid over 40 steps now; the rate of step 21 is {now:.2e}, it was "
+        f"optim: its cosine schedule now spans 40 steps; the rate of step 21 is {now:.2e}, it was "
         f"{lr * last:.2e} over 20\n"
     )
     log_schedule_changes(Claim(folder, before, before=before))
@@ -228,4 +228,4 @@ def test_what_more_steps_do_to_the_rates_is_told(trained, capsys):
 def test_other_settings_of_the_model_are_told(folder, capsys):
     settings = ["--model.memory.top_k", "2", "--train.init_from", str(folder / "memory"), "--run.dir", "none"]
     check_start(load(RunConfig, folder / "memory/config.yaml", settings))
-    assert capsys.readouterr().out == f"other than in {folder / 'memory'}: model.memory.top_k: 3 -> 2\n"
+    assert capsys.readouterr().out == f"differs from {folder / 'memory'}: model.memory.top_k: 3 -> 2\n"

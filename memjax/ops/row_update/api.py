@@ -41,7 +41,7 @@ def row_update(
     if not gradients or not all(isinstance(gradient, RowGradient) for gradient in gradients):
         raise ValueError("row_update needs a list of at least one RowGradient")
     if not isinstance(step, RowStep):
-        raise TypeError(f"row_update: step must be that of memjax.row_step(lr, step), found {type(step).__name__}")
+        raise TypeError(f"row_update: step must come from memjax.row_step(lr, step), found {type(step).__name__}")
     table, state, gradients = jax.tree.map(jnp.asarray, (table, state, gradients))
     require("row_update", table.ndim == 2, "table must be [slots, width]", table=table)
     for gradient in gradients:

@@ -20,8 +20,8 @@ def sorted_picks(gradients: Sequence[RowGradient]) -> tuple[Int[Array, " m"], In
     """
     if (total := sum(gradient.indices.size for gradient in gradients)) > MOST_PICKS:
         raise ValueError(
-            f"{total:,} picks cannot be sorted at once, {MOST_PICKS:,} can; take fewer tokens, or sum them to a dense "
-            "gradient (row_update.dense; in a run, set mesh.row_grad_reduce: all_reduce)"
+            f"{total:,} picks cannot be sorted at once, at most {MOST_PICKS:,} can; use fewer tokens, or sum them into "
+            "a dense gradient (row_update.dense; in a run, set mesh.row_grad_reduce: all_reduce)"
         )
     rows, tokens, weights, first = [], [], [], 0
     for gradient in gradients:

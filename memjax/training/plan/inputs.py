@@ -12,7 +12,7 @@ from memjax.io.paths import is_remote
 from memjax.monitoring.units import gigabytes
 from memjax.runs.folder import make_tokenizer
 
-_NOT_READ = "not looked into; the run fetches it to this machine"
+_NOT_READ = "not read; the run copies it to this machine"
 
 
 def describe(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -35,7 +35,7 @@ def describe(config: RunConfig) -> Iterator[tuple[str, str]]:
             continue
         stream = CorpusStream(corpus)
         if next(stream.records(), None) is None:
-            raise DataError(f"{corpus.path}: holds no record; set {corpus.field} to files that do")
+            raise DataError(f"{corpus.path}: has no records; set {corpus.field} to files that do")
         size = gigabytes(stream.total_bytes)
         yield name, f"{corpus.path}: {len(stream.files):,} files, {size}"
     if config.train.init_from and is_remote(config.train.init_from):

@@ -71,7 +71,7 @@ def plan(config: RunConfig, *, data_axis: int, program: TrainProgram | None = No
 
 def describe(found: Plan) -> str:
     """The plan as a table."""
-    rows = [("bytes per device", f"{gigabytes(found.total)} at the fullest moment of a step: {found.moment}")]
+    rows = [("bytes per device", f"{gigabytes(found.total)} at the peak of a step: {found.moment}")]
     rows += [(f"  {name}", gigabytes(count)) for name, count in (found.state | found.temporary).items() if count]
     return aligned(rows)
 

@@ -57,7 +57,7 @@ def describe_fit(config: RunConfig, found: Fit | None, device_bytes: int, device
     micro = f"{steps} micro-batches" if steps > 1 else "one micro-batch"
     lines = [
         (f"fits on {asked}", settings or "as it is"),
-        ("  bytes per device", f"{gigabytes(found.plan.total)} at the fullest moment of a step: {found.plan.moment}"),
+        ("  bytes per device", f"{gigabytes(found.plan.total)} at the peak of a step: {found.plan.moment}"),
         ("  batch", f"{batch:,} sequences in {micro}, {tokens:,} tokens"),
         (
             "  time",

@@ -48,7 +48,7 @@ def describe(config: RunConfig, *, data_axis: int) -> str:
     if planned is None:
         return ""
     how = f"{planned.chosen} (mesh.row_grad_reduce: {config.mesh.row_grad_reduce})"
-    how += ", summed from micro-batch to micro-batch" if planned.sums else ""
+    how += ", summed over micro-batches" if planned.sums else ""
     rows = [("row gradients over data", how)]
     for name, count in planned.bytes.items():
         held = gigabytes(count.gradient + count.picks)

@@ -55,9 +55,9 @@ def test_what_a_run_would_fetch_is_named_and_not_fetched(monkeypatch, source):
         f"--train.init_from={begun}",
     )
     assert lines == [
-        f"data, training              {path}: not looked into; the run fetches it to this machine",
-        f"data, validation            {held_out}: not looked into; the run fetches it to this machine",
-        f"tokenizer                   of {begun}: not looked into; the run fetches it to this machine",
+        f"data, training              {path}: not read; the run copies it to this machine",
+        f"data, validation            {held_out}: not read; the run copies it to this machine",
+        f"tokenizer                   of {begun}: not read; the run copies it to this machine",
     ]
 
 
