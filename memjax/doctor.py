@@ -164,7 +164,7 @@ def _program() -> NoReturn:
     """Runs the command; any terminating signal ends it like Ctrl-C, leaving no temporary folder."""
     tempfile.gettempdir()  # writes a file the first time, which a signal would leave behind
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _interrupt)
     try:
         code = main()

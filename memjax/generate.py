@@ -43,7 +43,7 @@ class GenerateConfig(InferenceSettings, SamplingConfig):
     stop: tuple[str, ...] = ()
     """Strings that end the text, such as '["\\n", "Question:"]'; they may be special tokens."""
     special_tokens: bool = False
-    """Read special tokens in a prompt, as chat templates write them, as such rather than as plain text."""
+    """Parse special tokens in prompts, as written by chat templates, instead of reading them as plain text."""
 
     def problems(self) -> Iterator[str]:
         yield from InferenceSettings.problems(self)

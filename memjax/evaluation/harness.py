@@ -84,10 +84,10 @@ def task_report(
 ) -> dict[str, Any]:
     """Evaluates a model on tasks; returns lm-eval's results, with versions and hashes of the tasks, as JSON values.
 
-    At most `limit` documents of each task are asked, after `shots` examples (None: the task's own number); `keep` is
-    called with every document and its answer. With zero_tables `zeroed` holds the results with the tables zeroed, which
-    frees the model's own tables. See `load_tasks` for `folder`. A task whose own code
-    raises an error costs only its own results: `failed` holds its message by its name.
+    At most `limit` documents per task are asked, each after `shots` examples (None: the task's own number), and `keep`
+    is called with every document and its answer. With zero_tables, `zeroed` holds the results with the tables zeroed,
+    which frees the model's own tables. See `load_tasks` for `folder`. If a task's own code raises an error, only its
+    results are missing, and `failed` holds the message by its name.
 
     Raises:
         ConfigError: a task is unknown.
@@ -127,8 +127,8 @@ def _shown(number: float | int) -> str:
 def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> dict[str, TaskDict]:
     """Loads tasks for lm-eval's evaluator, by the names of tasks, groups and tags; `tasks` may hold patterns of names.
 
-    With a folder of YAML task files only these tasks are known. `section` with its dot is the prefix of the settings'
-    names in messages.
+    If `folder` is given, only the tasks in its YAML files are known. `section`, with its dot, is the prefix of settings
+    in messages.
 
     Raises:
         ConfigError: a task is unknown, or there is no such folder.

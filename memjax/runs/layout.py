@@ -64,7 +64,7 @@ def upgraded(meta: dict[str, Any]) -> dict[str, Any]:
     if meta.get("format") == 1:
         dtypes = {"memory": meta["table_dtype"], "expert_lookup": meta.get("expert_table_dtype")}
         meta = meta | {"format": FORMAT, "table_dtypes": dtypes}
-    # Kinds of lookups have the names of their config sections.
+    # Keyed by config section, so renamed sections apply here too.
     dtypes = renamed.upgraded({"model": meta.get("table_dtypes", {})})["model"]
     return meta | {"config": renamed.upgraded(meta["config"]), "table_dtypes": dtypes}
 

@@ -86,8 +86,8 @@ class Saved(NamedTuple):
 def read_saved(
     opened: OpenStep, *, ema: bool = False, with_tables: bool = False, advise: Collection[LoadOption] = LOAD_OPTIONS
 ) -> Saved:
-    """Reads the arrays and tokenizer of a step. `ema` replaces the dense parameters by their moving average, in the
-    same types. If memory is short, the error recommends the settings in `advise`.
+    """Reads the arrays and tokenizer of a step. `ema` replaces the dense parameters with their moving average, in
+    the same types. If memory is short, the error recommends the settings in `advise`.
 
     Raises:
         CheckpointError: the step cannot be read here, or has no moving average.

@@ -41,7 +41,7 @@ class CheckpointSettings(StepSettings):
     """The checkpoint, and its devices."""
 
     memory_devices: Positive[int] = 1
-    """Devices to split the tables over by columns, for tables too large for one."""
+    """Devices over which tables are split by columns, for tables too large for one."""
     patch: tuple[str, ...] = ()
     """Patches whose rows replace the model's, after any applied to the run; see `python -m memjax.patch`."""
 

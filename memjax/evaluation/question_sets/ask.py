@@ -14,9 +14,9 @@ class Graded(NamedTuple):
     """Answers to a question, and their metrics."""
 
     answers: tuple[str, ...]
-    """One, or all samples."""
+    """One answer, or all samples."""
     metrics: dict[str, float]
-    """Each 0 to 1; the same names for all questions of a kind."""
+    """Each in 0..1; the same names for all questions of a kind."""
     is_cut: bool
     """Whether the prompt did not fit and was truncated from the left."""
 

@@ -208,7 +208,7 @@ def _known() -> str:
 
 
 def _layout(file: DataFile, *, must_fit: bool) -> type[_Row] | None:
-    """The layout of a file's lines, judged by the first; for any other content None, or DataError if it must fit."""
+    """The layout of a file's lines, judged by the first; for other content None, or DataError if `must_fit` is set."""
     number, payload = next(iter(Stream(file, Keys())))
     try:
         fields = json.loads(payload) if isinstance(payload, bytes) else None

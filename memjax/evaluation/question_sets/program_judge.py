@@ -50,7 +50,7 @@ def run_program(program: str, channel: Channel) -> NoReturn:
 
 
 def judge(tests: str, channel: Channel, functions: Collection[str] = ()) -> dict[str, Any]:
-    """Returns whether the tests ran to their last line, if not why, and whether that is because the program is gone.
+    """Returns whether the tests ran to their last line, why not, and whether the reason is that the program is gone.
 
     With empty tests, the program itself reports that it ran to its last line. Names of builtins are the program's only
     if they are in `functions`.

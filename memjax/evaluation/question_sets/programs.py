@@ -17,7 +17,7 @@ from memjax.io.console import warn
 _TRIES = (1, 10, 100)
 """The k for which pass@k is reported, if there are at least k samples."""
 _WRITING = 0.9
-"""Estimated share of the time spent on generating; the rest is running the programs."""
+"""Estimated share of the time spent on generation; the rest is for running the programs."""
 
 
 def ask_problems(

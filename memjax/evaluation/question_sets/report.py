@@ -47,7 +47,7 @@ def question_report(
     `samples` programs are generated per problem, and run within `limits` if these are given. `keep` is called with
     every question and its answers.
 
-    `metrics` are means over the questions asked, `by_group` those of each group; with zero_tables `zeroed` are those
+    `metrics` are means over the questions asked, `by_group` those of each group; with zero_tables, `zeroed` are those
     with the tables zeroed, which frees the model's own tables.
 
     Raises:

@@ -44,7 +44,7 @@ _IN_MODEL = {"embed/embedding": "tok_embeddings.weight", "norm/scale": "norm.wei
 
 
 def take(arrays: Arrays, tree: Any, place: str, *, head_dim: int = 2, block: str | None = None) -> Any:
-    """Replaces the shapes in a tree of parameters by the official arrays, all of which must be used.
+    """Replaces the shapes in a tree of parameters with the official arrays, all of which must be used.
 
     If the tree is that of a single block, `block` is the prefix of its arrays' names.
 

@@ -133,7 +133,7 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
         check_regular(os.stat(file), file)
         with safetensors.safe_open(file, framework="numpy") as stored:
             metadata = stored.metadata() or {}
-            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
+            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  not a mapping
     except FileNotFoundError:
         raise CheckpointError(f"{file}: there is no such file; name a patch that learn or patch has written") from None
     except NotADirectoryError:

@@ -14,7 +14,7 @@ class MemjaxConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  transformers names it so
 
     def __init__(self, model=None, table_device="cuda", max_position_embeddings=2048, use_cache=True, **kwargs):
-        """Takes the content of config.json.
+        """The arguments are the content of config.json.
 
         Args:
             model: memjax's settings of the model, from which the other sizes are derived.
