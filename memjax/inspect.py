@@ -92,7 +92,7 @@ def _show_prompt(found: "LoadedModel", settings: InspectConfig, prompt: str) -> 
     answer = tokenizer.encode(_after(prompt, settings.answer)) if settings.answer else []
     tokens = tokenizer.prompt(tokenizer.encode(prompt))
     if not tokens:
-        raise ConfigError("prompt is empty, and this model's texts begin with no token; write at least a character")
+        raise ConfigError("prompt is empty, and this model's texts begin with no token; write at least one character")
     traced = trace(found.model, tokens, answer)
     number = traced.place if settings.token is None else settings.token
     if not 0 <= number < len(traced.tokens):

@@ -36,8 +36,8 @@ class PlotConfig(Section):
             yield f"metric={self.metric} is drawn over a setting; set x to one, or leave metric out"
         if self.x not in AXES and self.metric is None:
             yield (
-                f"x={self.x} is neither step, tokens nor seconds; to draw over a setting, say what: "
-                "--metric eval/validation/loss, for example"
+                f"x={self.x} is neither step, tokens nor seconds; to plot over a setting, set metric "
+                "too, such as --metric eval/validation/loss"
             )
         if self.interactive and (pathlib.PurePath(self.out).suffix != ".html" or self.metric is not None):
             yield "interactive=true is for the curves of runs in an .html file, as in --out comparison.html"

@@ -55,7 +55,7 @@ def _main(argv: list[str]) -> int:
     words = [f"--{'.'.join(path)}={text}" for path, text in settings]
     waiting = sweep.unfinished(file, words, folder, grid)
     if waiting != grid:
-        say(f"{len(grid) - len(waiting)} of {len(grid)} runs are finished already")
+        say(f"{len(grid) - len(waiting)} of {len(grid)} runs are already finished")
     code = sweep.Sweep(
         [sys.executable, "-m", "memjax.train", *rest], folder, waiting, jobs=jobs, mirror=parsed.config.run.mirror
     ).run()

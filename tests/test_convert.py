@@ -122,7 +122,7 @@ def test_an_official_checkpoint_becomes_a_run_and_cannot_get_a_second_memory(tmp
     # A dense run is needed for a memory; this one has one.
     settings = ["--memory.layers", "0", "--memory.num_keys", "8"]
     assert convert.main(["upcycle", str(tmp_path / "run"), "--out", str(tmp_path / "new"), *settings]) == 2
-    assert "the model has memory layers already, in blocks [1]" in capsys.readouterr().err
+    assert "the model already has memory layers, in blocks [1]" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

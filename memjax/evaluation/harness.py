@@ -219,7 +219,7 @@ def _writing(rule: dict[str, Any]) -> dict[str, Any]:
         given = normalize_gen_kwargs({name: value for name, value in rule.items() if value is not None}, _MOST_TOKENS)
         sampling = _sampling(given)
     except (TypeError, ValueError) as error:
-        raise DataError(f"generation_kwargs: {json.dumps(rule)} cannot be met: {error}") from error
+        raise DataError(f"generation_kwargs: {json.dumps(rule)} is not supported: {error}") from error
     stop, max_tokens = tuple(given.get("until", ())), given.get("max_gen_toks", _MOST_TOKENS)
     if max_tokens < 0:
         raise DataError(f"generation_kwargs: max_gen_toks={max_tokens} must not be negative")
@@ -232,9 +232,7 @@ def _sampling(given: Mapping[str, Any]) -> SamplingConfig:
     if unknown := set(given) - set(_KNOWN):
         raise DataError(f"generation_kwargs: {', '.join(sorted(unknown))} unknown; known are {', '.join(_KNOWN)}")
     if given.get("num_beams", 1) != 1:
-        raise DataError(
-            f"generation_kwargs: num_beams={given['num_beams']} must be 1: texts are written token by token"
-        )
+        raise DataError(f"generation_kwargs: num_beams={given['num_beams']} must be 1: beam search is not supported")
     if not isinstance(given["do_sample"], bool):
         raise DataError(f"generation_kwargs: do_sample={given['do_sample']!r} must be true or false")
     penalty = float(given.get("repetition_penalty", 1.0))

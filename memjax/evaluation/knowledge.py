@@ -94,7 +94,7 @@ def format_knowledge_report(report: Mapping[str, Any]) -> str:
     """The report as text for the terminal."""
     people, bits, to_know = report["people"], report["bits"], report["bits_to_know"]
     measured = "" if report["people_measured"] == people else f", measured on {report['people_measured']:,}"
-    share = f" ({bits / to_know:.1%})" if bits >= 0 else ", worse than taking all values to be equally likely"
+    share = f" ({bits / to_know:.1%})" if bits >= 0 else ", worse than a uniform guess"
     all_facts = f"all facts: {to_know / report['parameters']:.4g}"
     most = f"{report['parameters']:,} parameters, without those of unused ids; {all_facts}"
     rows = [

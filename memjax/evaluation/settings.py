@@ -80,7 +80,7 @@ class EvaluateConfig(InferenceSettings):
         """Measurements that exclude each other, and settings of measurements that are not requested."""
         asked = [name for name in ("text", "questions", "tasks") if getattr(self, name)]
         for name in asked[1:]:
-            yield f"{name}={show(getattr(self, name))} cannot be done together with {asked[0]}; do one after the other"
+            yield f"{name}={show(getattr(self, name))} cannot be combined with {asked[0]}; measure one after the other"
         for field in dataclasses.fields(self):
             owners, value = _USED_BY.get(field.name, ()), getattr(self, field.name)
             if owners and value != _default(field) and not set(owners) & set(asked):

@@ -75,7 +75,7 @@ _WITH_CODE = f"""With transformers, which runs the model's code from this folder
 
 {_with_transformers(", trust_remote_code=True")}
 
-With `table_device="cpu"` as a further argument the tables stay in the main memory of the machine.
+With the further argument `table_device="cpu"`, the tables stay in main memory.
 
 With memjax:
 

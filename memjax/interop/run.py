@@ -49,7 +49,7 @@ def write_converted(
     data = DataConfig(source="files", sequence_length=sequence_length, tokenizer=settings)
     config = RunConfig(model=model.config, data=data, optim=OptimConfig(lr=_LEARNING_RATE))
     for name in _not_finite(model):
-        warn(f"warning: {name} holds NaN or infinity: what is computed with it is not finite")
+        warn(f"warning: {name} holds NaN or infinity: results computed with it are not finite")
     write_run(out, model, tokenizer, config)
     return config
 

@@ -35,7 +35,7 @@ def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
         raise ValueError("the model has experts in place of feed-forward layers; only a dense one can be given memory")
     if model.config.memory is not None:
         raise ValueError(
-            f"the model has memory layers already, in blocks {list(model.config.memory.layers)}; only a dense model "
+            f"the model already has memory layers, in blocks {list(model.config.memory.layers)}; only a dense model "
             "can be given some"
         )
     parts = DecoderParts.of(dataclasses.replace(model.config, memory=memory))

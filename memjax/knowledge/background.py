@@ -34,7 +34,7 @@ def background_of(loaded: LoadedModel, records: Sequence[Record]) -> Background:
         check_inside(path.parent, loaded.folder)
         write_atomic(path, safetensors.numpy.save(arrays))
     except OSError as error:
-        warn(f"the counts are not kept: {path.parent}: {error.strerror}")
+        warn(f"the counts are not saved: {path.parent}: {error.strerror}")
     return counted
 
 

@@ -119,7 +119,7 @@ class RunFolder:
         file = self.path / _LOCK
         if not file.exists():
             raise ConfigError(
-                f"{file.absolute()} is there for process 0, but not here; name a run.dir that all machines share"
+                f"{file.absolute()} exists for process 0, but not here; name a run.dir that all machines share"
             )
 
     def began(self) -> bool:

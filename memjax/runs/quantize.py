@@ -40,7 +40,7 @@ def quantize_run(
     with open_step(source, step) as opened:
         if "table_files" in opened.meta:
             raise CheckpointError(
-                f"{opened.folder}: its tables are in files already; convert the run that it was made from"
+                f"{opened.folder}: its tables are already in files; convert the run that it was made from"
             )
         saved = read_saved(opened)
         refuse_applied(opened.folder, saved.step, "quantize")

@@ -119,7 +119,7 @@ def test_worse_than_equally_likely_is_below_zero_and_said_so(monkeypatch):
     data = DataConfig(biographies=BiographiesConfig(num_people=1))
     report = knowledge_report(tiny(), ByteTokenizer(), data)
     assert report["bits"] == pytest.approx(39.87445 - 100, abs=1e-2)
-    assert "-60 of 40, worse than taking all values to be equally likely" in format_knowledge_report(report)
+    assert "-60 of 40, worse than a uniform guess" in format_knowledge_report(report)
 
 
 def test_without_tables_there_is_no_figure_for_them(monkeypatch):

@@ -77,7 +77,7 @@ def test_in_place_of_feed_forward_layers_all_else_stays(dense):
 
 
 def test_models_that_cannot_get_a_memory_are_refused(dense, beside):
-    with pytest.raises(ValueError, match=r"has memory layers already, in blocks \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"already has memory layers, in blocks \[0, 1\]"):
         upcycle(beside, BESIDE)
     config = dataclasses.replace(DENSE, experts=ExpertsConfig(num_experts=2))
     experts = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))

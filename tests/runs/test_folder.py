@@ -261,7 +261,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_and_another_is_made_fo
 def test_a_process_that_is_not_the_first_must_see_the_folder_of_the_first(tmp_path):
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(
-        ConfigError, match=r"there for process 0, but not here; name a run\.dir that all machines share"
+        ConfigError, match=r"exists for process 0, but not here; name a run\.dir that all machines share"
     ):
         folder.check_shared()
     assert not folder.path.exists()

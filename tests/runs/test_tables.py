@@ -131,7 +131,7 @@ def test_files_of_a_quantized_run_hold_what_load_would_make(tmp_path, name, monk
         np.testing.assert_array_equal(forward(found.model, TOKENS), forward(expected.model, TOKENS))
     with pytest.raises(ConfigError, match="cannot be converted again"):
         memjax.load(tmp_path / "small", table_format="float32" if name != "saved" else "int8")
-    with pytest.raises(CheckpointError, match="its tables are in files already"):
+    with pytest.raises(CheckpointError, match="its tables are already in files"):
         quantize_run(tmp_path / "small", tmp_path / "smaller", row_format)
 
 

@@ -226,5 +226,5 @@ def test_a_sweep_trains_compares_and_is_resumed(tmp_path, capsys):
     assert command.main(argv) == 0
     assert {path: path.read_bytes() for path in before} == before
     out = capsys.readouterr().out
-    assert out.startswith("2 of 2 runs are finished already\n\n")
+    assert out.startswith("2 of 2 runs are already finished\n\n")
     assert "started" not in out

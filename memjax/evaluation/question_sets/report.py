@@ -89,7 +89,7 @@ def format_question_report(report: Mapping[str, Any]) -> str:
             blocks.append(format_table(list(_rows(title, entries))))
     blocks += [
         f"{entry['name']}: {entry['prompts_cut']:,} of {entry['questions']:,} prompts did not fit into "
-        f"{report['sequence_length']} tokens (--sequence_length), so their beginnings were left out"
+        f"{report['sequence_length']} tokens (--sequence_length), so they were truncated from the left"
         for entry in report["sets"]
         if entry["prompts_cut"]
     ]

@@ -187,7 +187,7 @@ def _reason(found: dict[str, Any], errors: BinaryIO, limits: Limits) -> str:
     """Why the tests do not pass or, if the program is gone, how it ended."""
     code, judges_code, verdict = found["program"], found["judge"], found["verdict"]
     if judges_code is None:
-        return f"stopped after {limits.seconds} s by the clock"
+        return f"stopped after {limits.seconds} s of elapsed time"
     if verdict is None:
         return f"its tests were {_stopped(judges_code, limits)}"
     if not verdict["gone"]:
@@ -205,7 +205,7 @@ def _reason(found: dict[str, Any], errors: BinaryIO, limits: Limits) -> str:
 
 def _stopped(code: int, limits: Limits) -> str:
     if code == -signal.SIGXCPU:
-        return f"stopped after {limits.cpu_seconds} s of computing"
+        return f"stopped after {limits.cpu_seconds} s of CPU time"
     return f"stopped by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 

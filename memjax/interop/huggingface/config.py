@@ -20,7 +20,7 @@ _OTHER_LAYERS = {
     "olmo": "its layer norms have no parameters",
     "olmo3": "some of its layers have a window and others have none",
     "gemma": "its embeddings are scaled, and its feed-forward layers are GeGLU",
-    "qwen2_moe": "its experts have one that all tokens share",
+    "qwen2_moe": "one of its experts is shared by all tokens",
     "phi3": "its projections are stored in one matrix",
 }
 """Why similar models are not supported."""
@@ -61,7 +61,7 @@ def read_model_config(config: dict[str, Any], place: str) -> ModelConfig:
     for name, wanted, why in (
         ("hidden_act", ("silu", "swish"), "the feed-forward layers are SwiGLU"),
         ("mlp_bias", (False,), "the feed-forward layers have no biases"),
-        ("partial_rotary_factor", (1, None), "rotary positions turn whole heads"),
+        ("partial_rotary_factor", (1, None), "rotary positions rotate whole heads"),
     ):
         if name in config and config[name] not in wanted:
             raise fields.refused(name, f"must be {json.dumps(wanted[0])}", why)
@@ -164,7 +164,7 @@ def _rope(fields: "_Fields", absent: Mapping[str, Any]) -> tuple[float, RopeScal
     inner = _Fields(rope, f"{place}: {name}")
     theta = inner.number("rope_theta", fields.number("rope_theta", absent.get("rope_theta", 10000.0)))
     if rope.get("partial_rotary_factor") not in (1, None):
-        raise inner.refused("partial_rotary_factor", "must be 1", "rotary positions turn whole heads")
+        raise inner.refused("partial_rotary_factor", "must be 1", "rotary positions rotate whole heads")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and not any(isinstance(value, dict) for value in rope.values()):
         return theta, None
@@ -280,5 +280,5 @@ class _Fields:
         """True or false."""
         value = self.config.get(name, default)
         if not isinstance(value, bool):
-            raise self.refused(name, "must be true or false", "it decides which weights there are")
+            raise self.refused(name, "must be true or false", "it determines which weights exist")
         return value

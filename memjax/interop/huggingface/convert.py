@@ -151,7 +151,7 @@ def to_hf(
         if not (difference := np.max(np.abs(found - expected))) <= _TOLERANCE:
             raise CheckpointError(
                 f"{run}: as written to {out} the model gives other logits (by up to {difference:.2g}); nothing is "
-                "kept. This is a fault of memjax: please report it with the run's config.yaml"
+                "kept. This is a bug in memjax: please report it with the run's config.yaml"
             )
     return has_tokenizer
 
@@ -164,7 +164,7 @@ def _fields(
     if longest is not None and scaling is not None and scaling.kind == "dynamic" and longest != scaling.original_length:
         raise CheckpointError(
             f"max_length={longest} must be {scaling.original_length} or left out: with rope_scaling.kind=dynamic "
-            "max_position_embeddings is the length from which on the frequencies change"
+            "max_position_embeddings is the length beyond which the frequencies change"
         )
     fields = write_model_config(
         model.config,

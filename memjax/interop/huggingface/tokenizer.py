@@ -135,7 +135,9 @@ def _end_tokens(folder: TokenizerFiles, names: Mapping[int, str], tokenizer: Tok
         if token in names:
             found.append(names[token])
         else:
-            warn(f"warning: {folder.path}: eos_token_id={token} is no special token, so generation does not end there")
+            warn(
+                f"warning: {folder.path}: eos_token_id={token} is not a special token, so generation does not end there"
+            )
     return tuple(name for name in dict.fromkeys(found) if tokenizer.special_tokens[name] != tokenizer.eos_id)
 
 

@@ -42,7 +42,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
         description = sentencepiece_as_json(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else None
         if description is None:
             warn(
-                f"warning: transformers 5 converts {MODEL} itself and encodes some texts otherwise (runs of spaces, "
+                f"warning: transformers 5 converts {MODEL} itself and encodes some texts differently (runs of spaces, "
                 "combining marks); pass ids of the sentencepiece library, or use transformers 4"
             )
     elif tokenizer.kind == "hf":

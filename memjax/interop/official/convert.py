@@ -180,7 +180,7 @@ def _tables(arrays: Arrays, place: str) -> dict[str, str]:
         return {}
     if len(present) not in (1, len(layers)):
         raise CheckpointError(
-            f"{place}: values.weight is there for the layers {present} of {layers}; a shared table is there once or "
+            f"{place}: values.weight exists for the layers {present} of {layers}; a shared table must exist once or "
             "for every layer, separate tables for every layer"
         )
     first, *others = present

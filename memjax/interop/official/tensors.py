@@ -78,8 +78,8 @@ def memory_options(arrays: Arrays, block: str, values: tuple[int, ...], place: s
     has = lambda path: block + _IN_BLOCK[f"memory/{path}/kernel"] in arrays
     if has("value_proj") and not has("gate_proj") and value_dim == dim:
         raise CheckpointError(
-            f"{place}: {block}feed_forward.value_proj without swilu_projection, for values as wide as the model, is no "
-            "layer of the paper, and memjax has none like it"
+            f"{place}: {block}feed_forward.value_proj without swilu_projection, for values as wide as the model, is "
+            "not a layer of the paper, and memjax has no such layer"
         )
     gate: Literal["silu", "none"] = "silu" if has("gate_proj") else "none"
     return {

@@ -240,7 +240,7 @@ class _Machine:
 
     def _call(self, name: Any, arguments: Any) -> Any:
         if not isinstance(name, _Name):
-            raise _Refused("calls what is no name")
+            raise _Refused("calls something that is not a name")
         if name == _ORDERED_DICT and arguments == ():
             return {}
         if name == _REBUILD:

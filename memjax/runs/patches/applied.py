@@ -66,8 +66,8 @@ class Applied:
             return read_patch(self.file(name))
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}\nit is a copy of a patch that is applied to this run: copy the patch there again, or take "
-                f"{name} out of {self.folder / _LIST}"
+                f"{error}\nit is a copy of a patch that is applied to this run: copy the patch there again, or "
+                f"remove {name} from {self.folder / _LIST}"
             ) from error
 
     def add(self, step: int, patch: Patch) -> None:

@@ -93,7 +93,7 @@ def revert(run: str | os.PathLike[str], path: str | os.PathLike[str], *, step: S
         is_identity = re.fullmatch("[0-9a-f]{16}", str(path)) and not os.path.exists(path)
         name = str(path) if is_identity or str(path) in names else read_patch(path).identity
         if name not in names:
-            there = f"there are {', '.join(names)}" if names else "there are none"
+            there = f"applied are {', '.join(names)}" if names else "none is applied"
             raise CheckpointError(f"{run}: patch {name} is not applied to step {number}; {there}")
         patch = applied.patch(name)
         for later in names[names.index(name) + 1 :]:

@@ -159,7 +159,7 @@ def _parse(document: Any, arrays: dict[str, np.ndarray]) -> Patch:
     """
     if not isinstance(document, dict) or document.get("version") != _VERSION:
         version = document.get("version") if isinstance(document, dict) else document
-        raise ValueError(f"its version is {version!r:.40}, this memjax reads {_VERSION}")
+        raise ValueError(f"its version is {version!r:.40}, this version of memjax reads {_VERSION}")
     base, sizes, notes = document["base"], document["tables"], document["notes"]
     if not isinstance(base, str) or not isinstance(sizes, dict) or not isinstance(notes, dict):
         raise ValueError("base must be a string, tables and notes must be objects")
@@ -184,11 +184,13 @@ def _checked(name: str, num_slots: Any, rows: np.ndarray, old: np.ndarray, new: 
         raise ValueError(f"table {name}: rows must be a list of int64, not {rows.dtype} {list(rows.shape)}")
     if old.dtype != new.dtype or old.shape != new.shape or old.ndim != 2 or len(old) != len(rows):
         shapes = f"{len(rows)} rows, old {old.dtype} {list(old.shape)}, new {new.dtype} {list(new.shape)}"
-        raise ValueError(f"table {name}: old and new rows must be alike, and as many as there are numbers: {shapes}")
+        raise ValueError(
+            f"table {name}: old and new rows must have the same type and shape, one for each index: {shapes}"
+        )
     if not jnp.issubdtype(new.dtype, jnp.floating):
         raise ValueError(f"table {name}: rows of {new.dtype} are not floating-point numbers")
     if len(rows) and (rows[0] < 0 or rows[-1] >= num_slots or np.any(rows[1:] <= rows[:-1])):
-        raise ValueError(f"table {name}: the numbers of rows must ascend within 0..{num_slots - 1}")
+        raise ValueError(f"table {name}: row indices must ascend within 0..{num_slots - 1}")
     if not np.isfinite(new.astype(np.float64)).all():
         raise ValueError(f"table {name}: its new rows hold values that are not finite")
     return RowChange(num_slots, rows, old, new)

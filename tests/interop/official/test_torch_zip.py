@@ -118,7 +118,7 @@ def test_nothing_that_a_pickle_asks_for_is_run(tmp_path, monkeypatch):
         (Op.tensor(key="../../secret"), "makes no sense"),
         (Op.tensor(kind="QInt8Storage"), "asks for torch.QInt8Storage"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n)R", "makes no sense"),
-        (b"N)R", "calls what is no name"),
+        (b"N)R", "calls something that is not a name"),
         (b"h\x07", "makes no sense"),
     ],
 )

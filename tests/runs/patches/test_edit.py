@@ -106,9 +106,9 @@ def test_an_applied_patch_is_part_of_the_model_until_it_is_taken_back(runs, caps
     edit.revert(base, patches["b"])
     assert table_of(base).tobytes() == original.tobytes()
     assert {name: content for name, content in files_of(base).items() if name in before} == before
-    with pytest.raises(CheckpointError, match=f"patch {identity} is not applied to step 3; there are none"):
+    with pytest.raises(CheckpointError, match=f"patch {identity} is not applied to step 3; none is applied"):
         edit.revert(base, patches["a"])
-    with pytest.raises(CheckpointError, match=f"patch {identity} is not applied to step 3; there are none"):
+    with pytest.raises(CheckpointError, match=f"patch {identity} is not applied to step 3; none is applied"):
         edit.revert(base, identity)
 
 
@@ -213,7 +213,7 @@ def test_a_lost_copy_of_an_applied_patch_is_named_with_the_ways_out(runs, tmp_pa
     listed.parent.mkdir()
     listed.write_text('{"3": ["0123456789abcdef"]}')
     for use in (load, lambda run: edit.revert(run, "0123456789abcdef"), lambda run: edit.apply(run, runs[1]["a"])):
-        with pytest.raises(CheckpointError, match=r"no such file.*\n.*or take 0123456789abcdef out of .*applied\.json"):
+        with pytest.raises(CheckpointError, match=r"no such file.*\n.*or remove 0123456789abcdef from .*applied\.json"):
             use(other)
 
 
