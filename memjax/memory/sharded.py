@@ -178,7 +178,7 @@ def _update_by_picks(
     rule: RowRule,
     implementation: str | None,
 ) -> tuple[Array, TableState]:
-    """The update of a device's columns by the picks of all tokens."""
+    """Updates a device's columns by the picks of all tokens."""
     gathered = [_gather_mesh(gradient) for gradient in gradients]
     return row_update(table, state, gathered, rule, _of_columns(step, table), implementation=implementation)
 
@@ -201,7 +201,7 @@ def add_rows(
     implementation: str | None = None,
     piece_picks: int = dense.PIECE_PICKS,
 ) -> RowSum:
-    """The sum with row gradients of all tokens of the mesh added; nothing crosses `data`."""
+    """Adds row gradients of all tokens of the mesh to a sum; nothing crosses `data`."""
     settings = {"implementation": implementation, "piece_picks": piece_picks}
     if has_memory_axis():
         specs = (_ROW_SUM, (_FACTORS,) * len(gradients))
@@ -213,7 +213,7 @@ def add_rows(
 
 @alike_over_tensor
 def _add_own(total: RowSum, gradients: Sequence[RowGradient], **settings: Any) -> RowSum:
-    """The sum of a device's columns."""
+    """Adds row gradients to the sum of a device's columns."""
     gradient, touched = dense.summed(gradients, (total.gradient[0], total.touched[0, 0]), **settings)
     return RowSum(gradient[None], touched[None, None])
 

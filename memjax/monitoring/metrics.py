@@ -48,7 +48,7 @@ class MetricsFile:
         self._written = 0
         """Size of the file in bytes, up to the last complete line."""
         self._warned = False
-        # As they stand, since a long run has a million of them.
+        # Lines are kept as they are, since a long run has a million of them.
         lines = {row["step"]: line for row, line in _rows(path) if row["step"] <= last_step}
         write_atomic(path, b"".join(lines[step] + b"\n" for step in sorted(lines)))
         self._file: io.FileIO | None = None
@@ -128,7 +128,7 @@ def read_metrics(path: pathlib.Path) -> list[Row]:
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[Row, bytes]]:
-    """The rows in a metrics file, without damaged lines and values, each with a line that holds it."""
+    """The rows in a metrics file, without damaged lines and values, each with its line."""
     try:
         lines = read_document(path, None).splitlines()
     except FileNotFoundError:

@@ -21,7 +21,7 @@ def decode_step(
     """softmax(query . keys * h**-0.5) . values over a cache, after the entries of the new tokens are written to it.
 
     Returns the attention, and the cache's keys and values. Heads come in groups of n / kv that share keys and values.
-    Scores and sums are in float32 or wider. Beyond a row's position the cache may hold any finite numbers.
+    Scores and sums are in float32 or wider. Entries beyond a row's position may hold any finite numbers.
 
     Args:
         joined: queries of the new tokens, then keys, then values, heads side by side: width = (n + 2 kv) h.

@@ -10,7 +10,7 @@ from memjax.ops.specs import Case, Draw, Specs
 
 
 def specs(draw: Draw) -> Specs:
-    """New tokens over caches of several lengths, all of them or a window, with and without rotary positions."""
+    """New tokens over caches of different lengths, whole or a window, with and without rotary positions."""
     keys, values, joined = draw.normal(3, 2, 96, 16), draw.normal(3, 2, 96, 16), draw.normal(3, 8 * 16)
     positions, angles = jnp.asarray([95, 0, 39], jnp.int32), draw.normal(3, 8)
     rotation = (jnp.cos(angles), jnp.sin(angles))

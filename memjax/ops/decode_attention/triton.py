@@ -66,10 +66,10 @@ def step_kernel(
     PIECES: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a row's cache for the heads of a group: the weighted sum, its highest score, the sum of weights.
+    """Attention of a group's heads over one piece of a row's cache: weighted sum, highest score and sum of weights.
 
-    Queries and the new key are turned first. The first piece begins with the new entry, from registers, and writes it;
-    no program reads it from the cache. HEADS and COLUMNS are GROUP and WIDTH rounded up to what matrix products take.
+    Queries and the new key are rotated first. The first piece starts with the new entry in registers, and writes it; no
+    program reads it from the cache. HEADS and COLUMNS are GROUP and WIDTH rounded up to what tl.dot accepts.
     """
     row, kv_head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     own_position = tl.load(positions_ptr + row)
@@ -153,7 +153,7 @@ def decode_step(
     *,
     tile: Tile | None = None,
 ) -> tuple[Float[Array, "b n h"], Float[Array, "b kv s h"], Float[Array, "b kv s h"]]:
-    """One kernel for positions, the new entry and the attention; the cache is written in place."""
+    """One kernel rotates, writes the new entries and attends; the cache is updated in place."""
     (batch, kv_heads, size, width), dtype = keys.shape, joined.dtype
     heads = joined.shape[1] // width - 2 * kv_heads
     tile = tile or tiles.default_tile(width, dtype.itemsize)

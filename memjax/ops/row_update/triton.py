@@ -74,10 +74,10 @@ def updated(
     old, old_second, gradient, lr, floats_ptr, first_ptr, second_ptr, place, second_place, inside, WIDTH: tl.constexpr,
     KIND: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """`RowRule.apply` to WIDTH columns of a row, which are returned; writes their state.
+    """`RowRule.apply` for WIDTH columns of a row: returns them, and writes their state.
 
-    The second moments of adam are at `place`, like the columns; those of other rules, one for all columns, have been
-    read, and belong to second_place.
+    Adam has a second moment for each column, at `place`. Other rules have one for all columns: it was read before, and
+    is written to second_place.
     """
     if KIND == "sgd":
         new = old - lr * gradient
@@ -136,8 +136,8 @@ def update_kernel(
 ):
     """Sums CHUNK sorted picks by row and updates the rows in place, over WIDTH columns.
 
-    Rows that do not exist (NUM_ROWS and above, such as those of padding) are left alone.
-    Where PARTIAL, the picks are the partial sums of the round before, and those of weight zero do not exist.
+    Rows from NUM_ROWS on, such as those of padding, are left alone.
+    With PARTIAL, the picks are the previous round's partial sums, and those of weight zero do not exist.
     """
     blocks: tl.constexpr = (DIM + WIDTH - 1) // WIDTH
     # Programs with the same picks run side by side, because their rows lie in the same pages.
