@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,10 +12,12 @@ from memjax.checkpoint.errors import Damaged
 from memjax.checkpoint.index import Note, note_of
 from memjax.checkpoint.processes import any_process
 from memjax.checkpoint.restoring import Restored, StoredStep
-from memjax.checkpoint.saving import Writer, items_of
 from memjax.checkpoint.steps import Retention, Steps
 from memjax.errors import CheckpointError
 from memjax.io.console import warn
+
+if TYPE_CHECKING:
+    from memjax.checkpoint.saving import Writer
 
 
 class Checkpoints(Steps):
@@ -44,7 +46,8 @@ class Checkpoints(Steps):
     ) -> None:
         super().__init__(folder)
         self._verify, self._block_bytes = verify, block_bytes
-        self._writer = Writer(self.folder, Retention(self, keep=keep, keep_best=keep_best))
+        self._retention = Retention(self, keep=keep, keep_best=keep_best)
+        self._writer: Writer | None = None
         self._damaged: set[int] = set()
         self._replaced: set[int] = set()
 
@@ -79,18 +82,22 @@ class Checkpoints(Steps):
         Raises:
             CheckpointError: this save, or the one before in the background, failed.
         """
+        # With Orbax, whose import would delay every command that only reads.
+        from memjax.checkpoint.saving import Writer, items_of
+
         self.wait()
         if any_process(step in self.steps()) and step not in self._damaged | self._replaced:
             if partial or not self.is_partial(step):
                 return
             self._replaced.add(step)
-        with self._writer.failing(f"step {step}"):
-            self._make_way()
-            self._writer.open()
+        self._writer = writer = self._writer or Writer(self.folder, self._retention)
+        with writer.failing(f"step {step}"):
+            self._make_way(writer)
+            writer.open()
             note = Note(loss if loss is not None and math.isfinite(loss) else None, partial)
             items = items_of(step, arrays, documents, note, self._block_bytes)
             self._remember(step, note)
-            self._writer.write(step, items)
+            writer.write(step, items)
 
     def restore(
         self,
@@ -156,24 +163,26 @@ class Checkpoints(Steps):
 
     def check(self) -> None:
         """Raises CheckpointError if the last background save failed; never waits for one that is running."""
-        if not self._writer.is_writing():
+        if self._writer is not None and not self._writer.is_writing():
             self.wait()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more; raises CheckpointError if the last save failed."""
-        self._writer.wait()
+        if self._writer is not None:
+            self._writer.wait()
 
     def close(self) -> None:
         """Waits, then frees what saving needs. Reading, and saving again, stay possible."""
         self.wait()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
-    def _make_way(self) -> None:
+    def _make_way(self, writer: "Writer") -> None:
         if self._replaced:
-            self._writer.delete(self._replaced.intersection(self.steps()))
+            writer.delete(self._replaced.intersection(self.steps()))
             self._replaced.clear()
         if damaged := self._damaged.intersection(self.steps()):
-            self._writer.quarantine(damaged)
+            writer.quarantine(damaged)
         self._damaged.clear()
 
     def _read(

@@ -340,6 +340,7 @@ def test_a_save_that_fails_in_the_background_is_reported(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    assert checkpoints._writer is not None
     manager = checkpoints._writer.open()
     monkeypatch.setattr(manager._checkpointer.handler, "finalize", full)
     checkpoints.save(2, small(2), {})
@@ -649,3 +650,16 @@ def test_a_pipe_or_a_device_in_a_step_is_damage_and_never_opened(tmp_path, capsy
     metadata[1].symlink_to("/dev/zero")
     assert Checkpoints(tmp_path).restore(small_target()).step == 1
     assert capsys.readouterr().err.count("not a regular file") == 2
+
+
+def test_reading_imports_no_orbax(tmp_path):
+    saved(tmp_path, 1)
+    program = (
+        "import sys, jax, jax.numpy as jnp\n"
+        "from memjax.checkpoint import Checkpoints\n"
+        "target = {'params': {'w': jax.ShapeDtypeStruct((64, 8), jnp.float32)}}\n"
+        "with Checkpoints(sys.argv[1]) as checkpoints:\n"
+        "    print(float(checkpoints.restore(target, ['meta']).arrays['params']['w'][0, 1]), 'orbax' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["2.0", "False"]
