@@ -47,6 +47,9 @@ class ServeConfig(InferenceSettings):
     """The model's name for clients; null: that of the run's folder."""
     drain_seconds: float = 30.0
     """How long running requests may continue after SIGTERM or Ctrl-C."""
+    reuse_prompts: bool = True
+    """Copy the beginning of a prompt from the cache, where another prompt began like it, rather than read it again. In
+    16 bits, what the cache holds can then decide between two tokens that are almost equally likely."""
     warm_up: bool = True
     """Compile for all prompt lengths before the first request, and then for less usual ones (log-probabilities,
     penalties) in the background, rather than when they arrive."""
@@ -102,7 +105,12 @@ def _serve(run: str, settings: ServeConfig) -> None:
                 limits=Limits(max_length=max_length, max_body_bytes=settings.max_body_kib << 10),
                 api_key=key,
             )
-            engine = make_engine(found.model, num_slots=settings.slots, max_length=max_length)
+            engine = make_engine(
+                found.model,
+                num_slots=settings.slots,
+                max_length=max_length,
+                reuse_prompts=settings.reuse_prompts,
+            )
             step, score = found.step, PromptScorer(found.model)
             # The engine has its own weights.
             del found

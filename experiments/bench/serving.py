@@ -79,9 +79,10 @@ def serve(case: cases.Row) -> None:
     from memjax.inference.programs import LONGEST_CHUNK
     from memjax.inference.requests import Request
     from memjax.inference.scheduler import Scheduler
+    from memjax.inference.scoring import PromptScorer
     from memjax.inference.server import HttpServer
     from memjax.inference.service import Limits, Service
-    from memjax.inference.serving_engine import make_engine, warm_up
+    from memjax.inference.serving_engine import lower_rest, make_engine, warm_up
     from memjax.models.parts import DecoderParts
 
     class Numbers(Tokenizer):
@@ -109,7 +110,7 @@ def serve(case: cases.Row) -> None:
         ended = time.perf_counter()
         return clients * new / (ended - started), clients * (new - 1) / (ended - first)
 
-    engine = make_engine(model, num_slots=clients, max_length=max_length)
+    engine = make_engine(model, num_slots=clients, max_length=max_length, reuse_prompts=case["reuse"])
     for _ in range(2):
         # The first batch compiles, and the second warms up memory.
         alone(engine)
@@ -119,6 +120,10 @@ def serve(case: cases.Row) -> None:
     limits = Limits(max_length=max_length)
     service = Service(tokenizer, vocab_size=config.vocab_size, model_name="bench", limits=limits)
     warm_up(engine, max_length=max_length, lengths=[case["prompt"]])
+    for program in lower_rest(engine, PromptScorer(model), max_length=max_length):
+        if engine.prompts.is_used or not (case["shared"] and case["reuse"]):
+            break
+        program.compile()
     scheduler = Scheduler(engine, service.deliver, max_waiting=4 * clients)
     service.attach(scheduler)
     scheduler.start()
@@ -213,8 +218,11 @@ def plan(case: cases.Row, rng: random.Random) -> list[Client]:
     """The requests of each client."""
     length = case["prompt"] - 1  # the server adds the BOS token
 
+    draw = lambda source, count: [source.randrange(3, case["vocab_size"]) for _ in range(count)]
+    shared = draw(random.Random(2), min(case["shared"], length - 1))
+
     def request(number: int) -> dict[str, Any]:
-        prompt = [rng.randrange(3, case["vocab_size"]) for _ in range(length)]
+        prompt = shared + draw(rng, length - len(shared))
         return {"prompt": prompt, "max_tokens": case["new"], "temperature": float(number % 2), "seed": number}
 
     numbers = range(case["requests"])
@@ -334,6 +342,8 @@ def main() -> int:
     parser.add_argument("--clients", type=int, help="as many slots; 64, or 4 if small")
     parser.add_argument("--requests", type=int, help="of each client; 20, or 3 if small")
     parser.add_argument("--prompt", type=int, help="tokens; 512, or 16 if small")
+    parser.add_argument("--shared", type=int, default=0, help="tokens that all prompts begin with, as with examples")
+    parser.add_argument("--read_all", action="store_true", help="read prompts whole, rather than reuse what is shared")
     parser.add_argument("--new", type=int, help="tokens of an answer; 128, or 16 if small")
     parser.add_argument("--hang_ups", type=float, default=0.15, help="share of requests whose client hangs up")
     parser.add_argument("--processes", type=int, help="that the clients share; half of the CPU's cores")
@@ -358,9 +368,11 @@ def main() -> int:
     case |= {"preset": str(preset), "settings": words, "vocab_size": vocab_size}
     case |= {name: getattr(arguments, name) for name in ("table_format", "table_place")}
     processes = arguments.processes or max(1, (os.cpu_count() or 2) // 2)
+    case |= {"shared": arguments.shared, "reuse": not arguments.read_all}
     case |= {"hang_ups": arguments.hang_ups, "processes": processes, "rounds": 1 if small else 3}
     table = f", table {arguments.table_format}, {arguments.table_place}" if arguments.table_format else ""
-    row: cases.Row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}{table}"}
+    shared = f", {arguments.shared} tokens shared" + ", read again" * arguments.read_all if arguments.shared else ""
+    row: cases.Row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}{table}{shared}"}
     row |= {name: case[name] for name in ("clients", "prompt", "new", "hang_ups")} | measure(case)
     ignored = ("--out", str(arguments.out), "--stem", arguments.stem)
     command = f"python experiments/bench/serving.py {shlex.join(w for w in sys.argv[1:] if w not in ignored)}".strip()

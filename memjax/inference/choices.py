@@ -114,6 +114,8 @@ class Choice:
         self.ticket, self.index = ticket, index
         self.num_tokens = 0
         """Tokens written, those of a stop string included."""
+        self.num_reused = 0
+        """Tokens of the prompt that were not read again."""
         self.is_done = False
         self._tokenizer, self._num_top, self._echo = tokenizer, request.logprobs, request.echo
         self._num_added, self._prompt = num_added, prompt
@@ -131,6 +133,7 @@ class Choice:
         text = ""
         if not self._begun and (self._echo and (update.prompt is not None or self._num_top is None)):
             text += self._begin(update.prompt)
+        self.num_reused += update.made.num_reused
         likely = iter(update.made.logprobs)
         for token in update.made.tokens:
             if self._stops.found is not None:

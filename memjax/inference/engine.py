@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
-from jax.stages import Lowered, Wrapped
+from jax.stages import Wrapped
 from jaxtyping import Int
 
 from memjax.config import checks
 from memjax.inference import programs
+from memjax.inference.prefixes import Joining, Prompts
 from memjax.inference.programs import (
     LONGEST_CHUNK,
     NOTHING,
@@ -42,6 +43,7 @@ class _Slot:
     """A text in the making."""
 
     request: Request
+    num_reused: int = 0
     num_made: int = 0
 
     def capacity(self, count: int) -> int:
@@ -114,6 +116,8 @@ class Engine:
         self._state: State | None = None
         self._unread: list[_Fresh] = []
         self._unmerged: list[_Fresh] = []
+        self.prompts = Prompts(num_slots, min_capacity)
+        """What the slots hold, where it is to be reused."""
 
     @property
     def is_busy(self) -> bool:
@@ -147,16 +151,20 @@ class Engine:
             raise ValueError(f"{len(requests)} requests do not fit into {len(free)} free slots of {self.num_slots}")
         if not self.is_busy:
             # The last texts may have been longer than those to come, or have had more stop tokens.
-            if self._state is not None:
-                is_longer = self._state.room.tokens > self._min_capacity
-                self._state = None if is_longer else self._state.with_fewest_stops()
+            if self._state is not None and self._state.room.tokens > self._min_capacity:
+                self._forget()
+            elif self._state is not None:
+                self._state = self._state.with_fewest_stops()
             self._unmerged = []
-        slots = free[: len(requests)]
-        start = 0
-        while start < len(requests):
-            some = self._read_together(requests[start:])
-            self._prefill(some, slots[start : start + len(some)], prefill_rows or self._prefill_rows)
-            start += len(some)
+        slots = self.prompts.by_age(free)[: len(requests)]
+        joining = [self.prompts.joining(*pair) for pair in zip(requests, slots, strict=True)]
+        whole, begun = ([one for one in joining if (one.start > 0) is is_begun] for is_begun in (False, True))
+        rows = prefill_rows or self._prefill_rows
+        for left in whole, begun:
+            while left:
+                some = self._read_together(left)
+                self._prefill(some, None if whole and begun and len(some) == 1 else rows)
+                left = left[len(some) :]
         return slots
 
     def step(self, max_tokens: int) -> dict[int, Made]:
@@ -200,58 +208,27 @@ class Engine:
     def reset(self) -> None:
         """Ends every text and drops the cache, which a call that failed may have left half written."""
         self._slots = [None] * self.num_slots
-        self._state, self._unread, self._unmerged = None, [], []
+        self._unread, self._unmerged = [], []
+        self._forget()
 
-    def lower(
-        self, widths: Sequence[int], groups: Sequence[int], needs: Sequence[tuple[Mode, int | None]]
-    ) -> Iterator[Lowered]:
-        """The programs for prompts padded to these widths and read in groups of these sizes, each in some modes with a
-        number of likeliest tokens to report: traced, to be compiled; nothing runs.
-
-        Under a mesh there are only those that read prompts: the compiler decides how the arguments of others are split.
-        """
-        # What is computed from a committed array is committed, and a call compiles anew where that differs.
-        sharding = next((array.sharding for array in self._weights if array.committed), None)
-        shape = lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
-        shapes = lambda lowered: jax.tree.map(shape, lowered.out_info)
-        at_once = lambda group, width: self._group(min(group, max(1, _PREFILL_TOKENS // width)), width, group)
-        state, fresh = None, {}
-        for group, width in sorted({(at_once(group, width), width) for group in groups for width in widths}):
-            tokens, lengths, rows = (
-                np.zeros((group, width), np.int32),
-                np.ones(group, np.int32),
-                Rows.of([None] * group),
-            )
-            yield (read := self._program_for(tokens).lower(self._weights, tokens, lengths))
-            if self._devices > 1:
-                continue
-            logits, uses, cache = shapes(read)
-            for mode, num_top in needs if group not in fresh else ():
-                yield (started := programs.start.lower(logits, lengths, uses, rows, mode=mode, num_top=num_top))
-                fresh[group] = shapes(started)[0]
-            arguments = fresh[group]._replace(cache=cache), lengths
-            room = {"num_rows": self._num_rows, "room": Room(self._min_capacity, rows.num_stops)}
-            if state is None:
-                yield (inserted := programs.insert.lower(None, *arguments, **room))
-                state = shapes(inserted)
-            yield programs.insert.lower(state, *arguments, **room)
-        for mode, num_top in needs if state is not None else ():
-            arguments = self._weights, state, np.zeros(self._num_rows, bool), np.int32(1)
-            yield self._programs.decode.lower(*arguments, mode=mode, num_top=num_top)
+    def _forget(self) -> None:
+        """Drops the cache."""
+        self._state = None
+        self.prompts.clear()
 
     def _program_for(self, tokens: np.ndarray) -> Wrapped:
         """The program that reads so many prompt tokens."""
         return self._programs.prefill_few if tokens.size <= _FEW_TOKENS else self._programs.prefill
 
-    def _read_together(self, requests: Sequence[Request]) -> Sequence[Request]:
-        """The first of the requests, as many as are read at once."""
+    def _read_together(self, joining: Sequence[Joining]) -> Sequence[Joining]:
+        """The first of the prompts, as many as are read at once."""
         width, count = 0, 0
-        for request in requests:
-            width = max(width, padded_length(len(request.prompt_ids)))
+        for one in joining:
+            width = max(width, one.width)
             if count and (count + 1) * width > _PREFILL_TOKENS:
                 break
             count += 1
-        return requests[:count]
+        return joining[:count]
 
     def _group(self, count: int, width: int, wanted: int | None) -> int:
         """Rows of the prefill of so many prompts."""
@@ -259,19 +236,27 @@ class Engine:
         rows = max(count, min(wanted, self._num_rows, _PREFILL_TOKENS // width))
         return math.ceil(rows / self._devices) * self._devices
 
-    def _prefill(self, requests: Sequence[Request], slots: Sequence[int], rows_wanted: int | None) -> None:
-        """Reads prompts together, and picks the first token of each."""
-        width = max(padded_length(len(request.prompt_ids)) for request in requests)
-        group = self._group(len(requests), width, rows_wanted)
-        tokens, lengths = np.zeros((group, width), np.int32), np.ones(group, np.int32)
+    def _prefill(self, joining: Sequence[Joining], rows_wanted: int | None) -> None:
+        """Reads prompts together, all from their beginning or none, and picks the first token of each."""
+        width = max(one.width for one in joining)
+        group = self._group(len(joining), width, rows_wanted)
+        is_begun = joining[0].start > 0
+        tokens = np.zeros((group, self._min_capacity if is_begun else width), np.int32)
+        lengths, sources, starts = np.ones(group, np.int32), np.zeros(group, np.int32), np.zeros(group, np.int32)
         taken: dict[int, _Slot] = {}
-        for row, (request, slot) in enumerate(zip(requests, slots, strict=True)):
+        for row, (request, slot, source, start) in enumerate(joining):
             tokens[row, : len(request.prompt_ids)] = request.prompt_ids
-            lengths[row] = len(request.prompt_ids)
-            self._slots[slot] = taken[slot] = _Slot(request)
+            lengths[row], sources[row], starts[row] = len(request.prompt_ids), source, start
+            self._slots[slot] = taken[slot] = _Slot(request, start)
+        requests = [one.request for one in joining]
         rows = Rows.of([*requests, *[None] * (group - len(requests))])
         mode, num_top = self._needs(requests)
-        logits, uses, cache = self._program_for(tokens)(self._weights, tokens, lengths)
+        if is_begun:
+            assert self._state is not None, "prompts are held by its cache"
+            others = self._state.cache, sources, starts
+            logits, uses, cache = self._programs.extend(self._weights, *others, tokens, lengths, width=width)
+        else:
+            logits, uses, cache = self._program_for(tokens)(self._weights, tokens, lengths)
         state, made, likely = programs.start(logits, lengths, uses, rows, mode=mode, num_top=num_top)
         fresh = _Fresh(taken, state._replace(cache=cache), made, likely)
         self._unread.append(fresh)
@@ -289,6 +274,8 @@ class Engine:
         if self._state is not None and self._state.room != room:
             self._state = programs.grow(self._state, room=room)
         for fresh in unmerged:
+            for number, slot in fresh.slots.items():
+                self.prompts.put(number, slot.request.prompt_ids)
             if self._state is None and self._devices == 1 and list(fresh.slots) == list(range(self._num_rows)):
                 # They fill all slots in their order: their state is that of the engine, and no cache is copied.
                 has_room = fresh.state.room == room
@@ -320,6 +307,8 @@ class Engine:
             if self._slots[number] is not slot:
                 continue
             request, made = slot.request, found.setdefault(number, Made([]))
+            if not slot.num_made:
+                made.num_reused = slot.num_reused
             written = [token for token in values if token >= 0]
             after = values[len(written)] if len(written) < len(values) else NOTHING
             made.tokens += written

@@ -44,6 +44,7 @@ class Metrics:
         self.codes: collections.Counter[int] = collections.Counter()
         """Answers by status; 499 are requests whose client hung up."""
         self.prompt_tokens = 0
+        self.reused_tokens = 0
         self.generated_tokens = 0
         self.first_token = Histogram(_FIRST_TOKEN)
         self.whole_request = Histogram(_WHOLE)
@@ -81,7 +82,8 @@ class Metrics:
         by_code = [f'{name}{{code="{code}"}} {count}' for code, count in sorted(self.codes.items())]
         add(name, "counter", "Answered requests by status; 499: the client hung up.", by_code)
         for name, help_text, count in (
-            ("memjax_prompt_tokens_total", "Tokens of prompts that were read.", self.prompt_tokens),
+            ("memjax_prompt_tokens_total", "Tokens of prompts.", self.prompt_tokens),
+            ("memjax_reused_prompt_tokens_total", "Of these, copied from the cache.", self.reused_tokens),
             ("memjax_generated_tokens_total", "Tokens that were made.", self.generated_tokens),
         ):
             add(name, "counter", help_text, [f"{name} {count}"])

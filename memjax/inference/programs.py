@@ -1,6 +1,7 @@
 """The compiled programs of an engine, and the state of the texts that they pass on.
 
 - prefill reads prompts: for every power of two of prompt tokens, times powers of two of prompts that are read together;
+- extend reads prompts that begin like one whose cache a row holds, likewise by the tokens that are left to read;
 - start picks the first token of each: for these numbers of prompts and each `sampling.Mode`;
 - insert puts what was read into the engine's slots: for each size of a prefill and each capacity of the cache;
 - decode writes tokens: for each capacity of the cache, which is a power of two, and each mode.
@@ -112,6 +113,7 @@ class Programs(NamedTuple):
     prefill: Wrapped
     prefill_few: Wrapped
     """For few tokens."""
+    extend: Wrapped
     decode: Wrapped
 
 
@@ -119,11 +121,12 @@ class Programs(NamedTuple):
 def programs_of(graphdef: Any, structure: Any) -> Programs:
     """The programs; a structure is compared once for an engine, not with every token."""
     model_of = lambda weights: nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
-    read, write = (functools.partial(function, model_of) for function in (prefill, decode))
+    read, read_on, write = (functools.partial(function, model_of) for function in (prefill, extend, decode))
     # On a CPU a first text waits for the compiler above all, whose optimisations save a short prompt no millisecond.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     few = jax.jit(read, compiler_options=options)
-    return Programs(jax.jit(read), few, jax.jit(write, static_argnames=("mode", "num_top"), donate_argnames="state"))
+    writing = jax.jit(write, static_argnames=("mode", "num_top"), donate_argnames="state")
+    return Programs(jax.jit(read), few, jax.jit(read_on, static_argnames="width"), writing)
 
 
 def prefill(
@@ -133,11 +136,42 @@ def prefill(
     model = model_of(weights)
     is_text = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     hidden, cache = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    logits = model.logits(last)
+    return *_read(model, hidden, lengths, tokens, lengths), cache
+
+
+def extend(
+    model_of: ModelOf,
+    weights: Weights,
+    cache: Cache,
+    sources: Int[Array, " b"],
+    starts: Int[Array, " b"],
+    tokens: Int[Array, "b s"],
+    lengths: Int[Array, " b"],
+    *,
+    width: int,
+) -> tuple[Float[Array, "b vocab"], Int[Array, "b vocab"], Cache]:
+    """`prefill` of rows that begin like rows of a cache, for `starts` tokens, and have at most `width` others."""
+    model = model_of(weights)
+    # Beyond the end the last token is read again, and written nowhere.
+    rest = jnp.take_along_axis(tokens, starts[:, None] + jnp.arange(width)[None], axis=1, mode="clip")
+    copied = Cache(jax.tree.map(lambda array: array[sources], cache.blocks), starts)
+    hidden, copied = model.hidden_with_cache(rest, copied)
+    return *_read(model, hidden, lengths - starts, tokens, lengths), copied._replace(lengths=lengths)
+
+
+def _read(
+    model: Decoder,
+    hidden: Float[Array, "b w dim"],
+    ends: Int[Array, " b"],
+    tokens: Int[Array, "b s"],
+    lengths: Int[Array, " b"],
+) -> tuple[Float[Array, "b vocab"], Int[Array, "b vocab"]]:
+    """Logits after the first `ends` states of rows, and `State.uses` after the first `lengths` tokens."""
+    logits = model.logits(jnp.take_along_axis(hidden, ends[:, None, None] - 1, axis=1)[:, 0])
     # Padding is marked past the vocabulary, where nothing is written.
-    places = jnp.arange(len(tokens))[:, None], jnp.where(is_text, tokens, logits.shape[1])
-    return logits, jnp.full(logits.shape, -1, jnp.int32).at[places].set(0, mode="drop"), cache
+    text = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, logits.shape[1])
+    uses = jnp.full(logits.shape, -1, jnp.int32)
+    return logits, uses.at[jnp.arange(len(tokens))[:, None], text].set(0, mode="drop")
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "num_top"))

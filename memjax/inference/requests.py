@@ -47,6 +47,8 @@ class Made:
     """Of each token in `tokens`, if requested."""
     stop: tuple[int, TokenLogprobs | None] | None = None
     """The stop token that came, which is no part of the text, with its log-probabilities if the request asks."""
+    num_reused: int = 0
+    """With a text's first tokens: how many of the prompt's were in the cache, and not read again."""
 
 
 def check(request: Request, vocab_size: int) -> None:

@@ -90,6 +90,7 @@ class Service:
 
     def _hand_out(self, updates: list[tuple[Ticket, Update]]) -> None:
         self.metrics.add_tokens(sum(len(update.made.tokens) for _, update in updates))
+        self.metrics.reused_tokens += sum(update.made.num_reused for _, update in updates)
         for ticket, update in updates:
             answer, choice = ticket.owner
             answer.inbox.put_nowait((choice, update))
@@ -204,8 +205,10 @@ class Answer:
         head = {"id": self.id, "object": "text_completion", "created": self.created, "model": service.model_name}
         return {**head, "choices": choices, **more}
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens of the prompts, each counted once, and of all choices."""
-        prompt = sum(len(one.ticket.request.prompt_ids) for one in self.choices[:: self.request.n])
+        firsts = self.choices[:: self.request.n]
+        prompt = sum(len(one.ticket.request.prompt_ids) for one in firsts)
         made = sum(choice.num_tokens for choice in self.choices)
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+        usage = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+        return {**usage, "prompt_tokens_details": {"cached_tokens": sum(one.num_reused for one in firsts)}}

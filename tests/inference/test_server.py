@@ -705,6 +705,21 @@ def test_metrics_count_what_was_done():
             assert line.startswith(("# HELP ", "# TYPE ")) or sample.fullmatch(line), line
 
 
+def test_tokens_that_were_read_for_another_prompt_are_counted():
+    with running() as server:
+        prompt = "A prompt that is longer than the smallest"
+        details = [
+            server.ask(prompt=[prompt, f"{prompt} one"][: number + 1], n=2, max_tokens=2, ignore_eos=True)["usage"]
+            for number in range(2)
+        ]
+        # The last token of the prompt is always read; n choices count once.
+        size = len(prompt) + 1
+        assert details[0]["prompt_tokens_details"] == {"cached_tokens": 0}
+        assert details[1]["prompt_tokens_details"] == {"cached_tokens": size - 1 + size}
+        metrics = server.send("GET", "/metrics")[2].decode()
+        assert f"memjax_reused_prompt_tokens_total {2 * (size - 1 + size)}\n" in metrics
+
+
 def test_a_key_is_asked_for_everywhere_but_at_health():
     with running(api_key=KEY) as server:
         for headers in (JSON, {**JSON, "Authorization": "Bearer wrong"}, {**JSON, "Authorization": KEY}):

@@ -42,10 +42,14 @@ def compiled() -> list[str]:
     return events
 
 
-def write(engine: Engine, lengths: Sequence[int], **settings: Any) -> None:
-    engine.insert([Request(prompt_ids=[5] * length, max_tokens=2, **settings) for length in lengths])
+def write(engine: Engine, lengths: Sequence[int], **settings: Any) -> list[int]:
+    """How many tokens of each prompt were reused."""
+    slots = engine.insert([Request(prompt_ids=[5] * length, max_tokens=2, **settings) for length in lengths])
+    reused = dict.fromkeys(slots, 0)
     while engine.is_busy:
-        engine.step(4)
+        for slot, made in engine.step(4).items():
+            reused[slot] += made.num_reused
+    return list(reused.values())
 
 
 @pytest.mark.parametrize("committed", [False, True])
@@ -75,15 +79,19 @@ def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length(compiled, comm
 
 def test_the_less_usual_programs_are_compiled_while_it_serves(compiled):
     model = constant(0.2, vocab_size=13)
-    engine, scorer = make_engine(model, num_slots=2, max_length=17), PromptScorer(model)
-    warm_up(engine, max_length=17)
+    engine, scorer = make_engine(model, num_slots=2, max_length=33), PromptScorer(model)
+    warm_up(engine, max_length=33)
+    assert not engine.prompts.is_used
     scheduler = Scheduler(engine, lambda updates: None, max_waiting=4, score=scorer)
-    scheduler.start(lower_rest(engine, scorer, max_length=17))
+    scheduler.start(lower_rest(engine, scorer, max_length=33))
     scheduler._threads[1].join(120)
     compiled.clear()
     for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0), SamplingConfig(presence_penalty=1.0)):
         for logprobs in (None, 0, 5, 13):
             write(engine, [3, 16], sampling=sampling, logprobs=logprobs)
+            # Begins like those before; alone, and two at once.
+            assert write(engine, [20], sampling=sampling, logprobs=logprobs) == [16]
+            assert write(engine, [30, 29], sampling=sampling, logprobs=logprobs) == [20, 20]
             scorer([5] * 9, logprobs or 1)
     assert compiled.count(COMPILED) == 0
     assert scheduler.stop(10.0)
