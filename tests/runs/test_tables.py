@@ -389,7 +389,7 @@ class Library:
 def test_the_driver_is_given_the_memory_and_gives_its_address():
     rows = np.zeros(4096, np.uint8)
     assert host_memory._Driver(Library(), 0).register(rows) == rows.ctypes.data
-    with pytest.raises(ConfigError, match=r"cuMemHostRegister_v2 answered CUDA_ERROR_OUT_OF_MEMORY \(2\) when it was"):
+    with pytest.raises(ConfigError, match=r"cuMemHostRegister_v2 answered CUDA_ERROR_OUT_OF_MEMORY \(2\) when asked"):
         host_memory._Driver(Library("cuMemHostRegister_v2"), 0).register(rows)
     with pytest.raises(ConfigError, match="cuDevicePrimaryCtxRetain answered CUDA_ERROR_OUT_OF_MEMORY"):
         host_memory._Driver(Library("cuDevicePrimaryCtxRetain"), 0)
