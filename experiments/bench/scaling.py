@@ -30,8 +30,8 @@ from memjax.config.section import replaced
 from memjax.io.files import write_atomic
 from memjax.memory.row_grad_reduce import Collective
 from memjax.models.counts import count_parameters, training_flops
-from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.metrics import PEAK_FLOPS
+from memjax.ops.precision import resolve_dtype
 from memjax.training.plan import memory as memory_plan
 from memjax.training.plan.row_grad_reduce import plan_reduce
 from memjax.training.program import TrainProgram

@@ -26,9 +26,9 @@ from memjax.memory.read import TableName, zero_perturbation
 from memjax.memory.table import draw_rows
 from memjax.models import dot_product
 from memjax.models.counts import count_parameters, training_flops
-from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.metrics import peak_flops
 from memjax.monitoring.profile import describe_overlap, is_collective, newest_trace, operations, overlaps, table
+from memjax.ops.precision import resolve_dtype
 from memjax.ops.row_update.rules import RowRule, row_step
 from memjax.sharding.mesh import make_mesh, put_batch
 from memjax.sharding.rules import COLUMNS, MICRO_BATCHES, TOKENS

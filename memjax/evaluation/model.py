@@ -10,8 +10,9 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.evaluation.recall import zero_tables
 from memjax.inference.scoring import Score, ScoreRequest, Show, score
 from memjax.inference.text import continue_texts
-from memjax.models.decoder import Decoder, resolve_dtype
+from memjax.models.decoder import Decoder
 from memjax.monitoring.progress import Progress
+from memjax.ops.precision import resolve_dtype
 from memjax.runs.load import LoadedModel
 
 

@@ -27,10 +27,11 @@ from memjax.memory.read import Perturbations, TableRead
 from memjax.memory.table import TableRows, ValueTable
 from memjax.models.attention import Attention, KeyValues
 from memjax.models.block import Block
-from memjax.models.decoder import Decoder, resolve_dtype
+from memjax.models.decoder import Decoder
 from memjax.models.feed_forward import FeedForward
 from memjax.ops import dispatch
 from memjax.ops.matvec.api import matvec
+from memjax.ops.precision import resolve_dtype
 from memjax.ops.product_key_search.api import weighted_search
 from memjax.sharding.axes import fold, has_several_devices, on_own_tokens, unfold
 

@@ -20,7 +20,7 @@ from memjax.models.moe import Routing
 from memjax.models.norm import RMSNorm
 from memjax.models.remat import Remat, rematerialised
 from memjax.models.token_ids import check_ids
-from memjax.ops.precision import accumulator, init_in_float32
+from memjax.ops.precision import accumulator, init_in_float32, resolve_dtype
 from memjax.ops.shapes import require
 from memjax.sharding.axes import gathered, split_tokens
 from memjax.sharding.rules import named
@@ -274,10 +274,3 @@ def default_positions(tokens: Int[Array, "b s"], token_mask: Bool[Array, "b s"] 
     """0, 1, 2, ... in every row; 0 at padding, because rotary frequencies may depend on the highest position."""
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return places if token_mask is None else jnp.where(token_mask, places, 0)
-
-
-def resolve_dtype(name: str) -> jnp.dtype:
-    """The type that a config names; 'auto' is bfloat16 on GPUs and TPUs, float32 on CPUs."""
-    if name == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(name)

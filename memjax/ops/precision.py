@@ -1,11 +1,19 @@
-"""Accumulation types, and initializers that draw in float32."""
+"""The types that numbers are computed in, and initializers that draw in float32."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
+
+
+def resolve_dtype(name: str) -> jnp.dtype:
+    """The type that a config names; 'auto' is bfloat16 on GPUs and TPUs, float32 on CPUs."""
+    if name == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(name)
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:

@@ -17,9 +17,8 @@ from memjax.checkpoint.names import flatten, nest
 from memjax.config import renamed
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
-from memjax.models.decoder import resolve_dtype
 from memjax.models.parts import DecoderParts
-from memjax.ops.precision import accumulator
+from memjax.ops.precision import accumulator, resolve_dtype
 
 CHECKPOINTS = "checkpoints"
 """The subfolder of a run with its steps."""

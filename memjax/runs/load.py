@@ -16,8 +16,9 @@ from memjax.config.model import ModelConfig
 from memjax.config.run import RunConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.errors import CheckpointError, ConfigError
-from memjax.models.decoder import Decoder, resolve_dtype
+from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder
+from memjax.ops.precision import resolve_dtype
 from memjax.ops.row_formats import formats
 from memjax.ops.row_formats.formats import Plain, RowFormat
 from memjax.ops.table import Place

@@ -15,10 +15,10 @@ from memjax.io.paths import is_remote, readable_path
 from memjax.memory.kinds import KINDS
 from memjax.models import dot_product
 from memjax.models.counts import count_parameters
-from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.progress import log_phase
 from memjax.monitoring.units import aligned, billions, gigabytes
 from memjax.ops import dispatch, host_memory
+from memjax.ops.precision import resolve_dtype
 from memjax.runs.folder import Claim, RunFolder
 from memjax.sharding.mesh import make_mesh
 from memjax.sharding.processes import is_first, process_zero_first

@@ -13,10 +13,10 @@ from memjax.config.memory import MemoryConfig, PEERConfig
 from memjax.config.model import ExpertsConfig, ModelConfig
 from memjax.models import decoder
 from memjax.models.block import Block
-from memjax.models.decoder import resolve_dtype
 from memjax.models.feed_forward import FeedForward
 from memjax.models.loss import summed_loss
 from memjax.models.parts import DecoderParts, split_decoder
+from memjax.ops.precision import resolve_dtype
 from memjax.ops.product_key_search.api import product_key_search
 
 SIZES: dict[str, Any] = {"dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 24, "vocab_size": 40}

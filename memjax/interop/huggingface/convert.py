@@ -30,8 +30,9 @@ from memjax.interop.huggingface.written_config import write_model_config
 from memjax.interop.huggingface.written_tokenizer import write_tokenizer
 from memjax.interop.model_card import CARD, generation_config, model_card
 from memjax.interop.run import check_vocabulary, write_converted
-from memjax.models.decoder import Decoder, resolve_dtype
+from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder
+from memjax.ops.precision import resolve_dtype
 from memjax.runs.files import check_new, written_whole
 from memjax.runs.load import LoadedModel, load_as_saved
 from memjax.runs.saved import with_dtypes

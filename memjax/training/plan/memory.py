@@ -27,9 +27,8 @@ from memjax.config.run import RunConfig
 from memjax.memory.gradient_norm import columns_per_square
 from memjax.memory.kinds import KINDS, TokenBytes
 from memjax.models import dot_product, loss
-from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.units import aligned, gigabytes
-from memjax.ops.precision import accumulator
+from memjax.ops.precision import accumulator, resolve_dtype
 from memjax.sharding.mesh import abstract_mesh, of_parameters
 from memjax.training.plan.row_grad_reduce import PlannedReduce, plan_reduce
 from memjax.training.program import TrainProgram

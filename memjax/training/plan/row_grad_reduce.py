@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from memjax.config.run import RunConfig
 from memjax.memory import row_grad_reduce
 from memjax.memory.row_grad_reduce import Collective, ReduceBytes
-from memjax.models.decoder import resolve_dtype
 from memjax.monitoring.units import aligned, gigabytes
-from memjax.ops.precision import accumulator
+from memjax.ops.precision import accumulator, resolve_dtype
 from memjax.ops.row_gradient import RowGradient
 
 
