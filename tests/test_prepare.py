@@ -57,7 +57,7 @@ def test_a_run_on_a_mixture_reads_what_was_prepared_and_tells_each_part(mixture,
     printed = capsys.readouterr().out
     assert "prepared 39 records" in printed
     assert f"prepared   {tmp_path}/run/prepared/mixture-a: 39 records" in printed
-    assert f"1 malformed records left out, such as\n           {tmp_path}/a.jsonl.gz:40: not JSON" in printed
+    assert f"1 malformed records skipped, such as\n           {tmp_path}/a.jsonl.gz:40: not JSON" in printed
     assert prepare.main(arguments) == 0
     assert "preparing" not in capsys.readouterr().out
 

@@ -38,14 +38,14 @@ def read_config(path: Path, problems: Problems) -> Tree:
     if not file.exists():
         is_part = path.name == "checkpoints" and (path.parent / "config.yaml").exists()
         problems.of_arguments(
-            f"{path} is a folder without a config.yaml, so it is not that of a run that has made a step; "
+            f"{path} is a folder without a config.yaml, so not the folder of a run that has made a step; "
             f"{f'name {path.parent}' if is_part else f'name a YAML file, and --run.dir {path} to run there'}"
         )
         return {}
     tree = _read(file, problems, "command line")
     if not tree:
         problems.of_arguments(
-            f"give {path} its settings again, as when it began, and --run.dir {path}: they are compared with those of "
+            f"give {path} its original settings again, and --run.dir {path}: they are compared with those of "
             "its checkpoints"
         )
     return merge(tree, {"run": {"dir": str(path)}})
@@ -55,7 +55,7 @@ def _read(path: Path, problems: Problems, asked_at: str, chain: tuple[Path, ...]
     """The tree of a file, merged over that of the file it extends."""
     if os.path.realpath(path) in map(os.path.realpath, chain):
         circle = " -> ".join(str(link) for link in (*chain, path))
-        problems.add(asked_at, f"extends goes round in a circle: {circle}")
+        problems.add(asked_at, f"extends forms a cycle: {circle}")
         return {}
     problems.places.setdefault((), str(path))
     try:

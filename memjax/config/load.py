@@ -109,7 +109,7 @@ def parse(
     except OSError as error:  # a name that is too long, or in an unreadable folder
         _end(prog, [explain(error)])
     for word in stray:
-        problems.of_arguments(f"{shortened(repr(word))} is one argument too many")
+        problems.of_arguments(f"{shortened(repr(word))} is an unexpected argument")
     if positional and positional.required and not words:
         problems.of_arguments(f"{positional.name} is missing: {positional.help}")
     try:

@@ -42,8 +42,8 @@ class ExpertsConfig(Section):
             yield f"top_k={self.top_k} must be in 1..num_experts={self.num_experts}"
         if self.renormalize and (self.top_k == 1 or not by_token):
             yield (
-                f"renormalize={self.renormalize} would leave the router nothing to learn from with top_k={self.top_k}, "
-                "routing=token_choice is needed, and top_k above 1: a single weight would always be 1"
+                f"renormalize={self.renormalize} needs routing=token_choice and top_k above 1, not {self.routing} and "
+                f"{self.top_k}: a single weight would always be 1, and the router would have no gradient"
             )
         if not by_token and not 0 < self.capacity_factor <= self.num_experts:
             yield (f"capacity_factor={self.capacity_factor} must be above 0 and at most num_experts={self.num_experts}")
@@ -217,7 +217,7 @@ class ModelConfig(Section):
             named |= dict.fromkeys(layers, section)
         if self.experts and not self.layers_of("experts"):
             yield (
-                "experts.layers=null finds no block that is not named elsewhere; shorten the other lists, "
+                "experts.layers=null finds no block that is not in another list; shorten the other lists, "
                 "or set model.memory to null"
             )
 

@@ -65,8 +65,8 @@ class RunConfig(Section):
         data, model, mesh, optim, micro = self.data, self.model, self.mesh, self.optim, self.train.grad_accum_steps
         if self.run.deterministic and self.train.attention == "cudnn":
             yield (
-                "train.attention=cudnn cannot repeat its bits, which run.deterministic=True asks for; leave one of "
-                "them out"
+                "train.attention=cudnn is not bit-for-bit reproducible, as run.deterministic=True requires; omit one "
+                "of them"
             )
         if data.batch_size % micro:
             yield f"data.batch_size={data.batch_size} must be a multiple of train.grad_accum_steps={micro}"
@@ -87,8 +87,8 @@ class RunConfig(Section):
             )
         if self.eval.recall_every and data.source != "biographies":
             yield (
-                f"eval.recall_every={self.eval.recall_every} asks for facts of data.source=biographies, and the source "
-                f"is {data.source}; leave it out"
+                f"eval.recall_every={self.eval.recall_every} needs data.source=biographies, and the source is "
+                f"{data.source}; leave it out"
             )
         yield from self._too_many_picks()
         for width in sorted({table.width for table in model.tables.values()}):
@@ -103,8 +103,8 @@ class RunConfig(Section):
         picks = of_token * self.data.batch_size * self.data.sequence_length
         if picks >= 2**31:
             yield (
-                f"mesh.row_grad_reduce=all_gather cannot sort the {picks:,} rows that a step picks: 32 bits count "
-                f"fewer than {2**31:,}; set mesh.row_grad_reduce to auto or all_reduce, or lower data.batch_size"
+                f"mesh.row_grad_reduce=all_gather cannot sort the {picks:,} reads of a step, which must be fewer than "
+                f"{2**31:,} (32 bits); set mesh.row_grad_reduce to auto or all_reduce, or lower data.batch_size"
             )
 
 

@@ -47,7 +47,7 @@ def compose(text: str) -> Node | None:
         YAMLError: it is not YAML 1.2, or uses tags, anchors or aliases.
     """
     if re.search(r"^%YAML[ \t]+1\.[01]\b", text, re.MULTILINE):  # in which 012 is ten and `no` is false
-        raise ComposerError(None, None, "this is read as YAML 1.2; take the %YAML line out", None)
+        raise ComposerError(None, None, "this is read as YAML 1.2; remove the %YAML line", None)
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _Composer
     return yaml.compose(text)

@@ -102,7 +102,7 @@ class Dataset:
                 manifest = split.reader.manifest
                 lines.append(
                     f"prepared   {split.reader.folder}: {manifest.usable:,} records, {manifest.tokens:,} tokens"
-                    + (f", {manifest.malformed:,} malformed records left out, such as" if manifest.malformed else "")
+                    + (f", {manifest.malformed:,} malformed records skipped, such as" if manifest.malformed else "")
                 )
                 lines += [f"           {example}" for example in manifest.examples[:3]]
         names = [part.name for part in self.config.mixture] or [None]

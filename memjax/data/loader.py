@@ -89,8 +89,8 @@ class TrainingData(Iterator[Batch]):
                 changed += _differences(before, now)
         if changed:
             raise DataError(
-                f"the place in the data cannot be restored: {'; '.join(changed)}; "
-                "set it back, or start a new run in another run.dir"
+                f"the position in the data cannot be restored: {'; '.join(changed)}; "
+                "change it back, or start a new run in another run.dir"
             )
         self._open[0].set_state(state["grain"])
 
@@ -119,14 +119,14 @@ def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
         return []
     if "digest" in before and "digest" in now:
         same = before["digest"] == now["digest"] or not before["digest"]
-        return [] if same else ["the prepared data holds other records than in the checkpoint"]
+        return [] if same else ["the prepared data holds different records from those of the checkpoint"]
     problems = []
     if "digest" in before or "digest" in now:  # read directly then, prepared now to skip malformed records
         return []
     for (_, old_size, *old), (name, size, *new) in zip(before["files"], now["files"], strict=False):
         different = sum(one != other for one, other in zip(old[0], new[0], strict=False))
         if different > max(1, len(new[0]) // 2):
-            problems.append(f"{name} holds other text here than in the checkpoint, in as many records")
+            problems.append(f"{name} holds different text from that of the checkpoint, in as many records")
         elif different or old_size != size:
             say(f"{name} has changed in some records since the checkpoint, though not in their number; continuing")
     return problems

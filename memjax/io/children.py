@@ -1,4 +1,4 @@
-"""Child processes: what they are handed, the signals that they do not get, and their end with this process."""
+"""Child processes that receive large arguments quickly, are shielded from signals, and end with this process."""
 
 import contextlib
 import multiprocessing
@@ -16,26 +16,27 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Those that may come to a whole process group."""
+"""Signals that may be sent to a whole process group."""
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
 class LostError(Exception):
-    """A child process has ended; the text tells its exit code, and what that means."""
+    """A child process has ended; the message gives its exit code and the likely cause."""
 
 
 def handed(content: bytes) -> Connection:
-    """A pipe through which a child process receives a pickled object; close it here after the start of the process.
+    """A pipe through which a child process receives a pickled object; close it here once the process has started.
 
-    The arguments of a process go through a pipe that holds 64 KiB: with larger ones, such as a tokenizer, its start
-    lasts until it has imported what they need, and many processes start one after another. Here a thread waits.
+    Arguments of a process go through a pipe that holds 64 KiB: with larger ones, such as a tokenizer, starting a
+    process blocks until it has imported what they need, so processes would start one after another. Here a thread
+    blocks instead.
     """
     theirs, ours = multiprocessing.Pipe(duplex=False)
 
     def send() -> None:
-        with contextlib.suppress(OSError), ours:  # of a process that has ended
+        with contextlib.suppress(OSError), ours:  # the process has ended
             ours.send_bytes(content)
 
     threading.Thread(target=send, daemon=True).start()
@@ -46,11 +47,11 @@ def handed(content: bytes) -> Connection:
 def calls_in_processes(
     function: Callable[[Argument], Result], count: int
 ) -> Iterator[Callable[[Argument], "Future[Result]"]]:
-    """Calls of a function in one of `count` processes, which end with the block.
+    """Yields a function that submits calls of `function` to one of `count` processes, which end with the block.
 
-    Each process has a pipe and a thread of this one, and nothing is shared, no queue and no lock: a process may be
-    killed at any moment, and nothing has to be drained, released or waited for. Signals to the whole process group
-    reach this process alone. A call whose process has ended raises LostError.
+    Each process has its own pipe and a thread in this process. No queue or lock is shared, so a process can be killed
+    at any moment, and nothing has to be drained, released or waited for. Signals to the process group reach only this
+    process. A call whose process has ended raises LostError.
     """
     context, running = multiprocessing.get_context("spawn"), []
     pickled, idle = pickle.dumps(function), queue.SimpleQueue[tuple[BaseProcess, Connection]]()
@@ -103,7 +104,7 @@ def _answer_calls(pipe: Connection, given: Connection) -> None:
 
 
 def ended(process: BaseProcess) -> str:
-    """How a child process has ended, and what that means."""
+    """How a child process has ended, and the likely cause."""
     process.join(1)
     code = process.exitcode
     if code == -signal.SIGKILL:
@@ -112,14 +113,14 @@ def ended(process: BaseProcess) -> str:
         why = "a crash of a library that it uses"
     else:
         why = (
-            "it has printed why; what a script starts must stand below `if __name__ == '__main__':`, because its "
+            "it has printed why; a script must guard its entry point with `if __name__ == '__main__':`, because its "
             "processes import it"
         )
     return f"ended with exit code {code}; {why}"
 
 
 def kill(running: list[tuple[BaseProcess, Connection]]) -> None:
-    """Ends child processes at once, and takes them out of the list."""
+    """Kills child processes, and removes them from the list."""
     for process, _ in running:
         process.kill()
     while running:

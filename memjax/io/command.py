@@ -76,7 +76,7 @@ def _is_without_device() -> bool:
 def explain(error: OSError) -> str:
     """An OSError in one line: `runs/a/evals: Permission denied`."""
     if isinstance(error, FileNotFoundError) and error.filename is None and not _has_current_folder():
-        return "the current folder is no longer there; change to another"
+        return "the current folder no longer exists; change to another"
     is_of_folder = isinstance(error, FileExistsError | NotADirectoryError) and error.filename2 is None
     if is_of_folder and (file := _file_on_the_way(error.filename)):
         return f"{file} is a file, where a folder is needed; name another"

@@ -103,7 +103,7 @@ def _flock(handle: int, path: pathlib.Path, on_wait: Callable[[str], None] | Non
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        say(f"{path.parent}: its file system has no locks, so nothing but you keeps a second process out of it")
+        say(f"{path.parent}: its file system has no locks, so make sure that no second process uses it")
 
 
 def _is_at(path: pathlib.Path, handle: int) -> bool:

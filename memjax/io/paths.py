@@ -85,8 +85,8 @@ def readable_path(text: str, name: str) -> str:
     """
     if package := missing_package(text):
         raise ValueError(
-            f"{name}={text} must be a path on this machine, or the package {package} must be there, which reads "
-            f"{text.partition('://')[0]}:// (pip install 'memjax[remote]'); or mount the store, or copy the files here"
+            f"{name}={text} needs the package {package} to read {text.partition('://')[0]}:// (pip install "
+            "'memjax[remote]'); or mount the store, or copy the files here"
         )
     return path_or_address(text, name)
 

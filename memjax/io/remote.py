@@ -81,7 +81,7 @@ def fetch(
 def _require_packages(address: str) -> None:
     if package := missing_package(address):
         raise ModuleNotFoundError(
-            f"the package {package} is missing, which {address.partition('://')[0]}:// takes; "
+            f"{address.partition('://')[0]}:// needs the package {package}, which is missing; "
             "pip install 'memjax[remote]'"
         )
 

@@ -103,7 +103,7 @@ def test_a_config_with_addresses_is_read_where_their_packages_are_missing(monkey
     assert (config.run.mirror, config.data.path) == ("gs://b/run", "s3://b/x")
     with pytest.raises(errors.ConfigError) as caught:
         main.check(config)
-    assert "data.path=s3://b/x must be a path on this machine, or the package fsspec" in str(caught.value)
+    assert "data.path=s3://b/x needs the package fsspec to read s3:" in str(caught.value)
 
 
 def test_a_web_server_is_no_mirror():

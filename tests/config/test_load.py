@@ -214,4 +214,4 @@ def test_damaged_settings_of_a_run_are_not_the_defaults_and_the_message_says_how
         parse(RunConfig, ["run"], prog="go", description="Goes.")
     shown = capsys.readouterr().err
     assert "run/config.yaml" in shown
-    assert "give run its settings again, as when it began, and --run.dir run: they are compared with those" in shown
+    assert "give run its original settings again, and --run.dir run: they are compared with those" in shown

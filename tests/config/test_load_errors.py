@@ -62,7 +62,7 @@ KINDS = {
     "cyclic extends": (
         "extends: circle.yaml\n",
         [],
-        "circle.yaml:1: extends goes round in a circle: config.yaml -> circle.yaml -> config.yaml",
+        "circle.yaml:1: extends forms a cycle: config.yaml -> circle.yaml -> config.yaml",
     ),
     "duplicate key": (
         "model: {dim: 8}\nmodel: {dim: 16}\n",
@@ -97,7 +97,7 @@ KINDS = {
         ["--checkpoint.verify", "1"],
         "command line: checkpoint.verify=1 must be true or false",
     ),
-    "two positionals": ("", ["other.yaml"], "command line: 'other.yaml' is one argument too many"),
+    "two positionals": ("", ["other.yaml"], "command line: 'other.yaml' is an unexpected argument"),
     "bad list element": (
         "",
         ["--model.memory.layers", "0,x"],
@@ -134,7 +134,7 @@ KINDS = {
 FILES = {
     "confg.yaml": "command line: confg.yaml does not exist; did you mean 'config.yaml'?",
     "train.steps=4": "command line: train.steps=4 does not exist; for a setting write --train.steps=4",
-    "folder": "command line: folder is a folder without a config.yaml, so it is not that of a run that has made a "
+    "folder": "command line: folder is a folder without a config.yaml, so not the folder of a run that has made a "
     "step; name a YAML file, and --run.dir folder to run there",
     "utf_16.yaml": "command line: utf_16.yaml is not UTF-8 text",
 }
@@ -230,7 +230,7 @@ WRONG = {
     "a circle": (
         "extends: ./config.yaml\n",
         [],
-        ["config.yaml:1: extends goes round in a circle: config.yaml -> config.yaml"],
+        ["config.yaml:1: extends forms a cycle: config.yaml -> config.yaml"],
     ),
     "a base that does not exist": (
         "extends: bse.yaml\n",
@@ -303,7 +303,7 @@ WRONG = {
     "YAML 1.1, where 017 is fifteen": (
         "%YAML 1.1\n---\ntrain: {steps: 017}\n",
         [],
-        ["config.yaml:1: not valid YAML: this is read as YAML 1.2; take the %YAML line out"],
+        ["config.yaml:1: not valid YAML: this is read as YAML 1.2; remove the %YAML line"],
     ),
     "numbers that overflow": (
         f"optim: {{lr: 1e999}}\ntrain: {{steps: {'9' * 50}}}\n",

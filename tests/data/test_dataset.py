@@ -142,7 +142,7 @@ def test_malformed_records_of_all_parts_are_counted_and_told(mixture, tmp_path):
     assert dataset.malformed_counts() == {"data/malformed": 1}
     lines = dataset.describe()
     assert "41 records" in lines[2]
-    assert lines[2].endswith("1 malformed records left out, such as")
+    assert lines[2].endswith("1 malformed records skipped, such as")
     assert "2.txt:1: not UTF-8" in lines[3]
 
 
@@ -289,7 +289,7 @@ def test_training_records_that_were_all_left_out_are_named(tmp_path):
         malformed="skip",
         validation_fraction=0.2,
     )
-    with pytest.raises(DataError, match=r"a\.jsonl: none of the first 8 records, which are those of the training"):
+    with pytest.raises(DataError, match=r"a\.jsonl: none of the first 8 records, which are those for training"):
         open_dataset(config, BYTES)
     assert len(open_dataset(dataclasses.replace(config, validation_fraction=0.1), BYTES).validation) == 1
 

@@ -322,7 +322,9 @@ def place_after(config, count):
 def test_other_text_of_as_many_records_is_refused_on_resume(jsonl_config, tmp_path):
     place = place_after(jsonl_config, 3)
     lines_of(tmp_path / "a.jsonl", (f"{i} else" for i in range(200)))
-    with pytest.raises(DataError, match=r"a\.jsonl holds other text here than in the checkpoint, in as many records"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl holds different text from that of the checkpoint, in as many records"
+    ):
         take(jsonl_config, 1, state=place)
     gzipped = dataclasses.replace(jsonl_config, path=str(tmp_path / "a.jsonl.gz"))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
@@ -330,7 +332,7 @@ def test_other_text_of_as_many_records_is_refused_on_resume(jsonl_config, tmp_pa
     shutil.rmtree(tmp_path / "prepared")
     lines_of(tmp_path / "a.jsonl", (f"{i} more" for i in range(200)))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    with pytest.raises(DataError, match="the prepared data holds other records than in the checkpoint"):
+    with pytest.raises(DataError, match="the prepared data holds different records from those of the checkpoint"):
         take(gzipped, 1, state=place)
 
 

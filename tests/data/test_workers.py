@@ -117,7 +117,7 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path):
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert "data worker 0 ended with exit code 1; it has printed why" in last
-    assert "below `if __name__ == '__main__':`" in last
+    assert "guard its entry point with `if __name__ == '__main__':`" in last
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])

@@ -35,7 +35,7 @@ def test_a_current_folder_that_is_gone_is_called_so(tmp_path, monkeypatch):
     (tmp_path / "gone").rmdir()
     with pytest.raises(FileNotFoundError) as caught:
         os.path.abspath("runs/a")
-    assert explain(caught.value) == "the current folder is no longer there; change to another"
+    assert explain(caught.value) == "the current folder no longer exists; change to another"
     with pytest.raises(FileNotFoundError) as caught:
         os.stat("runs/a")
     assert explain(caught.value) == "runs/a: No such file or directory"

@@ -192,7 +192,7 @@ def test_results_written_into_a_fetched_run_stay(bucket, tmp_path):
 def test_a_missing_package_is_named_when_an_address_is_read(monkeypatch):
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None if name == "gcsfs" else object())
     with pytest.raises(
-        ModuleNotFoundError, match=r"gcsfs is missing, which gs:// takes; pip install 'memjax\[remote\]'"
+        ModuleNotFoundError, match=r"gs:// needs the package gcsfs, which is missing; pip install 'memjax\[remote\]'"
     ):
         remote.fetch("gs://b/x")
 
@@ -207,12 +207,10 @@ def test_addresses_are_told_from_paths_and_need_their_packages(monkeypatch):
     ]
     assert readable_path("http://host/x.jsonl", "data.path") == "http://host/x.jsonl"
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None if name == "s3fs" else object())
-    with pytest.raises(
-        ValueError, match=r"^data\.path=s3://b must be a path on this machine, or the package s3fs must be there"
-    ):
+    with pytest.raises(ValueError, match=r"^data\.path=s3://b needs the package s3fs to read s3:"):
         readable_path("s3://b", "data.path")
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"must be a path on this machine, or the package fsspec .*memjax\[remote\]"):
+    with pytest.raises(ValueError, match=r"needs the package fsspec to read .*memjax\[remote\]"):
         readable_path("http://host/x", "data.path")
     with pytest.raises(ValueError, match="must be a path on this machine; mount"):
         readable_path("hdfs://x", "data.path")

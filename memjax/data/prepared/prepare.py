@@ -113,7 +113,7 @@ def prepare(
                     f"{folder}: exists, but holds no prepared data; remove it, or name another data.prepared"
                 )
             if partial.exists():
-                say(f"{partial}: an unfinished preparation is removed and begun again")
+                say(f"{partial}: removing an unfinished preparation and starting again")
                 shutil.rmtree(partial)
             partial.mkdir()
             try:

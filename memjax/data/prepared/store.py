@@ -299,7 +299,7 @@ def open_prepared(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer) ->
     if changed := misfits(reader.manifest, corpus, tokenizer):
         raise DataError(
             f"{folder}: the prepared data does not fit: {'; '.join(changed)}; "
-            "set it back, name another data.prepared, or delete the folder, so that the data is prepared again"
+            "change it back, name another data.prepared, or delete the folder, so that the data is prepared again"
         )
     return reader
 

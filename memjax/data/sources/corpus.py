@@ -147,7 +147,7 @@ class CorpusStream:
                 f"{where}, or keep what can be read of such files with data.malformed=skip and data.damaged_files=skip"
             )
         if config.malformed == "strict":
-            raise DataError(f"{where}; or leave such records out with data.malformed=skip")
+            raise DataError(f"{where}; or skip such records with data.malformed=skip")
         self.num_malformed += 1
         if len(self.examples) < _NUM_EXAMPLES:
             self.examples.append(where)

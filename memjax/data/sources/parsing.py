@@ -37,7 +37,9 @@ def text_record(line: bytes) -> Record:
         MalformedError: it is not text.
     """
     if b"\0" in line:
-        raise MalformedError("holds a NUL byte, which no text does; save the file as UTF-8 text or remove the line")
+        raise MalformedError(
+            "holds a NUL byte, which is not valid in text; save the file as UTF-8 text or remove the line"
+        )
     return (Segment(_decode(line), True),)
 
 

@@ -107,6 +107,6 @@ def bytes_by_id(vocab: Mapping[str, int], known: Mapping[int, bytes]) -> list[by
         except KeyError as error:
             raise ValueError(
                 f"its word {word!r} has the letter {error}, which stands for no byte in a byte-level BPE; list the "
-                "word under added_tokens if texts may hold it, or take it out of the vocabulary"
+                "word under added_tokens if texts may hold it, or remove it from the vocabulary"
             ) from None
     return found

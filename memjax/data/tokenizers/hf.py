@@ -83,8 +83,8 @@ class HfTokenizer(LibraryTokenizer):
 def _check_byte_level(description: Any) -> None:
     if not isinstance(description, dict) or "ByteLevel" not in _types(description):
         raise ValueError(
-            "not a tokenizer.json with a byte-level BPE (GPT-2, Llama 3 and later); of a model with SentencePiece take "
-            "its .model file and kind=sentencepiece"
+            "not a tokenizer.json with a byte-level BPE (GPT-2, Llama 3 and later); for a model with SentencePiece, "
+            "use its .model file and kind=sentencepiece"
         )
 
 

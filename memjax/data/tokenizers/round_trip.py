@@ -39,7 +39,7 @@ def lost_in(tokenizer: Tokenizer) -> list[str]:
         if "\ufffd" not in found and found.strip().lower() != text.lower():
             raise ValueError(
                 f"texts do not come back from its tokens: {text!r} becomes {found!r}; its pre-tokenizer, suffixes or "
-                "normalizer drop or add text that decoding cannot restore, so take another tokenizer"
+                "normalizer drop or add text that decoding cannot restore, so use another tokenizer"
             )
     # Words added to the vocabulary may absorb the spaces around them.
     words = tokenizer.added_words[:_SHOWN_ADDED]

@@ -217,7 +217,7 @@ def test_a_finished_preparation_is_kept_and_an_unfinished_one_redone(tmp_path, l
     (tmp_path / "p.partial").mkdir()
     (tmp_path / "p.partial" / "00000.array_record").write_bytes(b"half")
     prepare(corpus(lines), BYTES, tmp_path / "p")
-    assert "an unfinished preparation is removed and begun again" in capsys.readouterr().out
+    assert "removing an unfinished preparation and starting again" in capsys.readouterr().out
     assert not (tmp_path / "p.partial").exists()
     before = (tmp_path / "p" / "00000.array_record").stat().st_mtime_ns
     prepare(corpus(lines), BYTES, tmp_path / "p")
@@ -428,7 +428,7 @@ def test_other_settings_are_refused_with_both_values(tmp_path, lines, name):
     change, message = CHANGES[name]
     tokenizer = train_bpe(["y y"] * 9, 261) if name == "another tokenizer" else BYTES
     prepare(corpus(lines), tokenizer, tmp_path / "p")
-    with pytest.raises(DataError, match=f"the prepared data does not fit: .*{message}.*; set it back"):
+    with pytest.raises(DataError, match=f"the prepared data does not fit: .*{message}.*; change it back"):
         open_prepared(tmp_path / "p", corpus(lines, **change), BYTES)
 
 
