@@ -48,8 +48,8 @@ class ServeConfig(InferenceSettings):
     drain_seconds: float = 30.0
     """How long running requests may continue after SIGTERM or Ctrl-C."""
     reuse_prompts: bool = True
-    """Copy the beginning of a prompt from the cache, where another prompt began like it, rather than read it again. In
-    16 bits, what the cache holds can then decide between two tokens that are almost equally likely."""
+    """Copy the keys and values of a prefix that a prompt shares with another from the cache, instead of computing them
+    again. In 16-bit types, this can tip the choice between two almost equally likely tokens."""
     warm_up: bool = True
     """Compile for all prompt lengths before the first request, and then for less usual ones (log-probabilities,
     penalties) in the background, rather than when they arrive."""

@@ -86,7 +86,7 @@ def learn(
     """
     check_vocabulary(tokenizer.vocab_size, model.config.vocab_size)
     parts, params, tables = split_decoder(model)
-    tables = jax.tree.map(jnp.copy, writable(tables))  # which the step donates
+    tables = jax.tree.map(jnp.copy, writable(tables))  # the step donates them
     state = {name: recipe.row_optimizer(recipe.lr).init(table) for name, table in tables.items()}
     state = committed_as(jax.tree.map(split_columns, state), (params, tables))
     counts = {name: jnp.asarray(found) for name, found in background.counts.items()}
