@@ -45,9 +45,7 @@ def main() -> NoReturn:
     """Runs the program and tests described by the first argument; reports on standard output."""
     settings = json.loads(sys.argv[1])
     lacks = _enter_namespaces()
-    # Set again after each change of user or namespace, which clears both.
-    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    _prctl(_DUMPABLE, 0)
+    _guard()
     first = os.fork()
     if first:
         os.waitpid(first, 0)
@@ -57,8 +55,7 @@ def main() -> NoReturn:
     if FILES not in lacks and not _mount(folder, settings["disk_bytes"], settings["disk_files"]):
         lacks.append(FILES)
     user, judges_user = _users()
-    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    _prctl(_DUMPABLE, 0)
+    _guard()
     if user == 0:
         lacks.append(USER)
     home = os.path.join(folder, "home")
@@ -70,6 +67,13 @@ def main() -> NoReturn:
     report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
+    found = _judged(settings, user, judges_user, home, null)
+    os.write(report, json.dumps({"lacks": lacks, **found}).encode())
+    os._exit(0)
+
+
+def _judged(settings: dict[str, Any], user: int, judges_user: int, home: str, null: int) -> dict[str, Any]:
+    """Runs the program and its judge, each in a process that is confined; returns the verdict, and how both ended."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     (questions, asks), (answers, replies), (verdict, decides) = os.pipe(), os.pipe(), os.pipe()
     program = os.fork()
@@ -93,9 +97,13 @@ def main() -> NoReturn:
         # The program's exit code tells why.
         _wait(program, 1, codes)
     _end_children()
-    ends = {"program": codes.get(program), "judge": codes.get(judging)}
-    os.write(report, json.dumps({"lacks": lacks, "verdict": found, **ends}).encode())
-    os._exit(0)
+    return {"verdict": found, "program": codes.get(program), "judge": codes.get(judging)}
+
+
+def _guard() -> None:
+    """Makes this process die with its parent, and no other one can debug it; a new user or namespace undoes both."""
+    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    _prctl(_DUMPABLE, 0)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -272,5 +280,4 @@ def _drop_rights(user: int) -> None:
     _prctl(_NO_NEW_PRIVILEGES, 1)
     header, none = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
     _libc.capset(header, none)
-    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    _prctl(_DUMPABLE, 0)
+    _guard()
