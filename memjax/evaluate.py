@@ -244,11 +244,7 @@ def _text(found: "LoadedModel", settings: EvaluateConfig, source: "Iterable[Reco
 
 
 def _open(found: "LoadedModel", settings: EvaluateConfig) -> "Iterable[Record]":
-    """The text to read.
-
-    Raises:
-        DataError: it cannot be read, or the run has no validation data.
-    """
+    """The text to read; DataError if it cannot be read, or the run has no validation data."""
     from memjax.data.dataset import open_dataset
     from memjax.data.mixture import SplitRecords
     from memjax.data.sources.kinds import find_source

@@ -184,11 +184,7 @@ def advice(patch: Patch, known: float, recipe: Recipe) -> str | None:
 
 
 def facts_of(label: str, patch: Patch) -> list[Fact]:
-    """The facts recorded in a patch, or in all sources of a merged one.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The facts recorded in a patch, or in all sources of a merged one; DataError if there are none."""
     try:
         return [Fact.of_fields(fields) for notes in _sources(patch.notes) for fields in notes[LEARNED]]
     except (KeyError, TypeError, MalformedError) as error:

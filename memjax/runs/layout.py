@@ -79,11 +79,7 @@ def params_to_tree(params: nnx.State) -> dict[str, Any]:
 
 
 def tree_to_params(parts: DecoderParts, tree: dict[str, Any]) -> nnx.State:
-    """The inverse of `params_to_tree`.
-
-    Raises:
-        KeyError: the decoder has a parameter that the tree lacks.
-    """
+    """The inverse of `params_to_tree`; KeyError if the tree lacks a parameter of the decoder."""
 
     def find(path: tuple[Any, ...], _: Any) -> Any:
         found = tree

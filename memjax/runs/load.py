@@ -163,11 +163,7 @@ class TableSettings:
 
     @classmethod
     def of(cls, table_format: str | RowFormat | None, place: str) -> "TableSettings":
-        """Parses the settings.
-
-        Raises:
-            ConfigError: one is unknown.
-        """
+        """Parses the settings; ConfigError if one is unknown."""
         problems = []
         if isinstance(table_format, str):
             try:

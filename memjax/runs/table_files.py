@@ -62,11 +62,7 @@ def _file_digest(path: pathlib.Path) -> str:
 
 
 def stored_format(record: Mapping[str, Any]) -> RowFormat:
-    """The format of a table's files.
-
-    Raises:
-        ValueError: this version has no format of that name.
-    """
+    """The format of a table's files; ValueError if this version has no format of that name."""
     found = formats.find(record["format"])
     # The default group may have been different when the files were written.
     return dataclasses.replace(found, group=record["group"]) if isinstance(found, formats.Scaled) else found

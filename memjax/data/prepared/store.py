@@ -165,11 +165,7 @@ def is_prepared(folder: pathlib.Path) -> bool:
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """The manifest of a folder.
-
-    Raises:
-        DataError: it cannot be read, or has another format.
-    """
+    """The manifest of a folder; DataError if it cannot be read, or has another format."""
     path = folder / _MANIFEST
     try:
         content = json.loads(read_text(path))

@@ -97,11 +97,7 @@ def _new_xz() -> lzma.LZMADecompressor:
 
 
 def pyarrow_for(path: pathlib.Path) -> ModuleType:
-    """The package pyarrow, needed to read the file at `path`.
-
-    Raises:
-        DataError: it cannot be imported.
-    """
+    """The package pyarrow, needed to read the file at `path`; DataError if it cannot be imported."""
     try:
         import pyarrow
         import pyarrow.ipc

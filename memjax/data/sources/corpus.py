@@ -39,11 +39,7 @@ class Corpus:
 
     @functools.cached_property
     def files(self) -> list[DataFile]:
-        """The files, in sorted order.
-
-        Raises:
-            DataError: there are none.
-        """
+        """The files, in sorted order; DataError if there are none."""
         return find_files(self.path, self.source, self.field)
 
     @property
@@ -85,11 +81,7 @@ class CorpusStream:
     """The payloads of all files of a corpus; malformed ones are skipped and counted, or raise."""
 
     def __init__(self, corpus: Corpus):
-        """Finds the files.
-
-        Raises:
-            DataError: there are none.
-        """
+        """Finds the files; DataError if there are none."""
         self.corpus = corpus
         self.files = corpus.files
         self.total_bytes = sum(file.path.stat().st_size for file in self.files)

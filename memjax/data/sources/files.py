@@ -53,11 +53,7 @@ class DataFile:
         return self.format in ("jsonl", "text") and not self.compression
 
     def record(self, payload: Payload, keys: Keys) -> Record:
-        """Parses a payload of this file.
-
-        Raises:
-            MalformedError: it cannot be used.
-        """
+        """Parses a payload of this file; MalformedError if it cannot be used."""
         if isinstance(payload, MalformedError):
             raise payload
         if isinstance(payload, dict):

@@ -31,11 +31,7 @@ class Keys:
 
 
 def text_record(line: bytes) -> Record:
-    """A line of plain text as a document.
-
-    Raises:
-        MalformedError: it is not text.
-    """
+    """A line of plain text as a document; MalformedError if it is not text."""
     if b"\0" in line:
         raise MalformedError(
             "holds a NUL byte, which is not valid in text; save the file as UTF-8 text or remove the line"

@@ -48,11 +48,7 @@ class Records(ABC):
 
 
 def checked(index: int, length: int) -> int:
-    """Returns the index.
-
-    Raises:
-        IndexError: it is not in 0..length - 1.
-    """
+    """Returns the index; IndexError if it is not in 0..length - 1."""
     if not 0 <= index < length:
         raise IndexError(f"record {index} of {length} records")
     return index

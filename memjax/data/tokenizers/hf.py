@@ -56,11 +56,7 @@ class HfTokenizer(LibraryTokenizer):
 
     @staticmethod
     def special_tokens_of(description: Any) -> dict[str, int]:
-        """The special tokens of a tokenizer.json.
-
-        Raises:
-            ValueError: it is not a byte-level BPE.
-        """
+        """The special tokens of a tokenizer.json; ValueError if it is not a byte-level BPE."""
         _check_byte_level(description)
         added = read_description(description).get_added_tokens_decoder()
         return {token.content: index for index, token in sorted(added.items()) if token.special}

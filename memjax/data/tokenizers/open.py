@@ -48,11 +48,7 @@ def special_tokens_of(config: TokenizerConfig) -> dict[str, int]:
 
 
 def sentencepiece_pieces(path: pathlib.Path) -> list[str]:
-    """The pieces of a SentencePiece .model, by id.
-
-    Raises:
-        DataError: as `open_tokenizer`.
-    """
+    """The pieces of a SentencePiece .model, by id; DataError as in `open_tokenizer`."""
     with _reading(TokenizerConfig(kind="sentencepiece", path=str(path))) as content:
         return SentencePieceTokenizer.pieces_of(content)
 

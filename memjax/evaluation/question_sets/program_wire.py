@@ -45,11 +45,7 @@ class Channel:
         self._reads, self._writes = reads, writes
 
     def frame(self, message: list[Any]) -> bytes:
-        """The bytes of a message.
-
-        Raises:
-            ValueError: it is too long.
-        """
+        """The bytes of a message; ValueError if it is too long."""
         # Escaped, two adjacent surrogates would be decoded as one character.
         body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
         if len(body) > _MESSAGE_BYTES:

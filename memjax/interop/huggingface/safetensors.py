@@ -55,11 +55,7 @@ class TensorFiles:
                 self.tensors[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor from disk.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
+        """Reads one tensor from disk; CheckpointError if it cannot be read."""
         file = self.tensors[name].file
         try:
             return self._handles[file].get_tensor(name)

@@ -141,11 +141,7 @@ def write_model(folder: pathlib.Path, model: Decoder, *, dtype: str | None, max_
 
 
 def compare_bits(model: Decoder, files: TensorFiles, *, dtype: str | None) -> None:
-    """Reads every tensor back and compares it with the model's.
-
-    Raises:
-        CheckpointError: one of them differs.
-    """
+    """Reads every tensor back; CheckpointError if one differs from the model's."""
     for tensor in _tensors_of(model):
         if _in_file(tensor, dtype).tobytes() != files.read(tensor.name).tobytes():
             raise CheckpointError(

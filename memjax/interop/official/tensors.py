@@ -104,11 +104,7 @@ def refuse_experts(arrays: Arrays, place: str) -> None:
 
 
 def shape_of(arrays: Arrays, name: str, place: str) -> tuple[int, int]:
-    """The shape of a matrix.
-
-    Raises:
-        CheckpointError: it is missing, or not a matrix.
-    """
+    """The shape of a matrix; CheckpointError if it is missing, or not a matrix."""
     if name not in arrays:
         there = sorted(arrays)
         more = f" and {len(there) - 6} more" if there[6:] else ""

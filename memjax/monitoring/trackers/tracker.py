@@ -93,11 +93,7 @@ class NotInstalled(Unusable):
 
 
 def optional_package(name: str, install: str) -> ModuleType:
-    """Imports an optional package.
-
-    Raises:
-        NotInstalled: it is missing; the message says how to install it.
-    """
+    """Imports an optional package; NotInstalled, with what to install, if it is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -49,19 +49,11 @@ class Applied:
         return self.folder / f"{name}.safetensors"
 
     def patches(self, step: int) -> list[tuple[str, Patch]]:
-        """The patches, each with a label for messages.
-
-        Raises:
-            CheckpointError: one cannot be read.
-        """
+        """The patches, each with a label for messages; CheckpointError if one cannot be read."""
         return [(f"patch {name}", self.patch(name)) for name in self.names(step)]
 
     def patch(self, name: str) -> Patch:
-        """Reads the stored copy of a patch.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
+        """Reads the stored copy of a patch; CheckpointError if it cannot be read."""
         try:
             return read_patch(self.file(name))
         except CheckpointError as error:
