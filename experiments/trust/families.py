@@ -18,7 +18,7 @@ FIXTURES = ROOT / "tests/fixtures"
 
 
 def settings(folder: pathlib.Path) -> Family:
-    """Settings, in a short file and a complete one."""
+    """A short and a complete file of settings."""
     from memjax.config.load import load, to_yaml
     from memjax.config.run import RunConfig
 
@@ -31,7 +31,7 @@ def settings(folder: pathlib.Path) -> Family:
 
 
 def tokenizers(folder: pathlib.Path) -> Family:
-    """A Hugging Face tokenizer with the files beside it, SentencePiece, tiktoken, and how a run keeps each."""
+    """A Hugging Face tokenizer with its companion files, SentencePiece, tiktoken, and each as stored in a run."""
     from memjax.config.data import TokenizerConfig
     from memjax.data.tokenizers.base import Tokenizer
     from memjax.data.tokenizers.bpe import train_bpe
@@ -84,7 +84,7 @@ def tokenizers(folder: pathlib.Path) -> Family:
 
 
 def huggingface(folder: pathlib.Path) -> Family:
-    """Models of Hugging Face: config.json, safetensors and their index."""
+    """Hugging Face models: config.json, safetensors and their index."""
     from memjax.interop.folders import file_in, read_json
     from memjax.interop.huggingface.config import longest_text, read_model_config
     from memjax.interop.huggingface.safetensors import INDEX, open_tensors
@@ -114,7 +114,7 @@ def huggingface(folder: pathlib.Path) -> Family:
 
 
 def official(folder: pathlib.Path) -> Family:
-    """Zips of torch and params.json of the official code, whose storages have checksums."""
+    """Torch archives, whose storages have checksums, and params.json of the official code."""
     import numpy as np
 
     from memjax.interop.folders import read_json
@@ -196,7 +196,7 @@ def _sealed(run: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path, Callable[[pa
 
 
 def documents(folder: pathlib.Path) -> Family:
-    """The documents of a checkpoint, sealed anew, as an attacker who knows the format would write them."""
+    """The documents of a checkpoint with updated digests, as from an attacker who knows the format."""
     import memjax
 
     run = folder / "run"
@@ -211,7 +211,7 @@ def documents(folder: pathlib.Path) -> Family:
 
 
 def runs(folder: pathlib.Path) -> Family:
-    """What else lies in the folder of a run, as starts and comparisons read it."""
+    """The other files of a run's folder, as read by starts and comparisons."""
     from memjax.config.load import load
     from memjax.config.run import RunConfig
     from memjax.errors import ConfigError
@@ -237,7 +237,7 @@ def runs(folder: pathlib.Path) -> Family:
 
 
 def table_files(folder: pathlib.Path) -> Family:
-    """Tables in files of another format, and the document that describes them, sealed anew."""
+    """Table files in a quantised format, and the document that describes them, with updated digests."""
     import memjax
     from memjax.ops.row_formats.formats import find
     from memjax.runs.quantize import quantize_run
@@ -251,7 +251,7 @@ def table_files(folder: pathlib.Path) -> Family:
 
 
 def patch_files(folder: pathlib.Path) -> Family:
-    """Patches that lie, and the list of those that are applied."""
+    """Forged patches, and the list of applied ones."""
     import numpy as np
 
     import memjax

@@ -18,29 +18,30 @@ _STEP, _EXACT = "tests/training/test_step.py", "tests/training/test_step_float64
 _LOADER, _SEARCH = "tests/data/test_loader.py", "tests/ops/test_product_key_search.py"
 _EXPORT = "tests/interop/huggingface/test_convert.py::test_a_model_with_memory_goes_out_with_its_table_once"
 PROMISES = {
-    "R1": ("kill -9 at any moment, and a second process, cost at most the steps since the checkpoint", "kills two"),
-    "R2": ("flipped bits of a checkpoint are found, or change nothing", "flips"),
-    "R3": ("so are files that are cut, removed, or of another step", "flips"),
-    "R4": ("whatever stopped it, a run ends bitwise as one that was never stopped", "kills signals two disk"),
-    "R5": ("with `run.deterministic`, the same on a GPU", ON_GPU),
+    "R1": ("kill -9 at any time, or a second process, loses at most the steps since the last checkpoint", "kills two"),
+    "R2": ("flipped bits in a checkpoint are detected, or change nothing", "flips"),
+    "R3": ("so are files that are truncated, removed, or from another step", "flips"),
+    "R4": ("an interrupted run ends bitwise equal to an uninterrupted one", "kills signals two disk"),
+    "R5": ("with `run.deterministic`, the same holds on a GPU", ON_GPU),
     "R6": (
-        "a checkpoint is read on another mesh, bit for bit",
+        "a checkpoint is restored bit for bit on another mesh",
         "tests/checkpoint/test_checkpoints.py::test_every_dtype_comes_back_bit_for_bit_on_another_mesh "
         "tests/runs/test_load.py::test_a_mesh_gets_the_same_model_split_by_columns",
     ),
     "R7": (
-        "bfloat16 tables, as GPUs train them, are read where the machine computes in float32",
+        "bfloat16 tables, as trained on GPUs, are read on machines that compute in float32",
         "tests/runs/test_load.py::test_a_table_saved_in_bfloat16_is_widened_where_the_machine_computes_in_float32",
     ),
     "R8": (
-        "a signal in any phase saves, or ends a start that has nothing to save; so does one to one of two processes",
+        "a signal in any phase saves the run, if there is anything to save, and ends it; also a signal to one of two "
+        "processes",
         "signals tests/end_to_end/test_two_processes.py",
     ),
-    "R9": ("signals in floods of twenty do not harm the save", "signals"),
-    "R10": ("a disk that is full, read-only or limited is a line, and the run goes on when it is mended", "disk"),
+    "R9": ("floods of twenty signals do not damage the checkpoint", "signals"),
+    "R10": ("a full, read-only or limited disk is a one-line error, and the run resumes once it is fixed", "disk"),
     "R11": ("the last step is saved before the report", "kills signals"),
     "R12": (
-        "a NaN, also in one shard's gradient, changes nothing and ends the run",
+        "a NaN, even in a single shard's gradient, changes nothing and ends the run",
         f"{_STEP}::test_a_nan_in_one_perturbation_leaves_everything_as_it_was",
     ),
     "R13": (
@@ -48,11 +49,11 @@ PROMISES = {
         f"{_EXACT}::test_row_updates_of_micro_batches_on_a_mesh_are_plain_sgd_on_the_whole_batch",
     ),
     "R14": (
-        "every mesh draws the same model and gives the same losses",
+        "every mesh gives the same initial model and the same losses",
         f"{_EXACT}::test_every_mesh_draws_the_same_model_and_gives_the_same_losses",
     ),
     "R15": (
-        "another number of data workers is refused with both numbers",
+        "a different number of data workers is refused, with both numbers",
         f"{_LOADER}::test_a_place_in_other_data_is_refused",
     ),
     "R16": ("damaged data is an error that names the place, or is counted", " ".join(RECORDS)),
@@ -61,16 +62,16 @@ PROMISES = {
         "tests/data/prepared/test_prepare.py::test_ids_past_the_vocabulary_are_refused_before_they_are_used",
     ),
     "R18": (
-        "another tokenizer or other data is refused",
+        "a different tokenizer or different data is refused",
         f"{_LOADER}::test_a_place_with_another_tokenizer_is_refused "
         f"{_LOADER}::test_other_text_of_as_many_records_is_refused_on_resume",
     ),
     "R19": (
-        "NaN scores give NaN, and indices within the table",
+        "NaN scores give NaN, with indices within the table",
         f"{_SEARCH}::test_nan_in_gives_nan_out_and_slots_stay_distinct",
     ),
     "R20": (
-        "the product-key search finds the best of all pairs",
+        "the product-key search finds the best of all slots",
         f"{_SEARCH}::test_slots_are_the_best_of_all_pairs",
     ),
     "R21": (
@@ -82,18 +83,18 @@ PROMISES = {
         "settings tokenizers huggingface official documents runs table_files patch_files facts http",
     ),
     "R23": (
-        "scores do not hang on the batch",
+        "scores do not depend on the batch",
         "tests/inference/test_scoring.py::test_scores_are_those_of_whole_forward_passes_at_any_batch_size",
     ),
-    "R24": ("log-likelihoods are those of whole forward passes", "tests/evaluation/test_harness.py"),
-    "R25": ("an exported model comes back bit for bit", f"{_EXPORT}_and_comes_back_bit_for_bit"),
+    "R24": ("log-likelihoods equal those of whole forward passes", "tests/evaluation/test_harness.py"),
+    "R25": ("an exported model is re-imported bit for bit", f"{_EXPORT}_and_comes_back_bit_for_bit"),
     "R26": ("a shared table is counted, saved and exported once", f"{_EXPORT}_and_comes_back_bit_for_bit"),
     "R27": (
-        "the planned memory is 5 % too little to 15 % too much",
+        "planned memory is at most 5 % too low and 15 % too high",
         "tests/training/plan/test_memory.py::test_prediction_is_at_most_5_percent_below_and_15_above_what_a_gpu_needs",
     ),
-    "R28": ("a tracker that cannot be reached costs a line", "tests/monitoring/trackers/test_tracker.py"),
-    "R29": ("wrong settings end with code 2 and a hint", "settings tests/config/test_load_errors.py"),
+    "R28": ("an unreachable tracker causes only a one-line warning", "tests/monitoring/trackers/test_tracker.py"),
+    "R29": ("invalid settings end with code 2 and a hint", "settings tests/config/test_load_errors.py"),
     "R30": ("runs of earlier versions load and resume", "tests/end_to_end/test_golden_runs.py"),
 }
 """The guarantees, each with the campaigns that attack it, the tests that enforce it, or results on a GPU."""
@@ -101,7 +102,7 @@ PROMISES = {
 
 def promises(done: list[Case], tests: dict[str, dict[str, int]]) -> str:
     """The guarantees with their results, as a Markdown table."""
-    lines = ["| | Promise | Reached |", "|---|---|---|"]
+    lines = ["| | Guarantee | Results |", "|---|---|---|"]
     for number, (claim, where) in PROMISES.items():
         words = where.split()
         mine = [case for case in done if case.campaign in words]

@@ -39,7 +39,7 @@ def _data(files: dict[str, bytes], *, sealed: bool) -> Callable[[pathlib.Path], 
 
 
 def lines(folder: pathlib.Path) -> Family:
-    """Lines of JSON and of text, without checksums."""
+    """Lines of JSON and of plain text, without checksums."""
     return _data({"a.jsonl": LINES, "a.txt": "\n".join(TEXTS).encode()}, sealed=False)(folder)
 
 
@@ -48,19 +48,19 @@ def _packed(module: Any) -> tuple[bytes, bytes]:
 
 
 def gz(folder: pathlib.Path) -> Family:
-    """Gzip of one member and of two."""
+    """Gzip with one member and with two."""
     two = b"".join(_packed(gzip))
     return _data({"a.jsonl.gz": gzip.compress(LINES), "two.jsonl.gz": two}, sealed=True)(folder)
 
 
 def xz(folder: pathlib.Path) -> Family:
-    """XZ of one stream and of two."""
+    """XZ with one stream and with two."""
     two = b"".join(_packed(lzma))
     return _data({"a.jsonl.xz": lzma.compress(LINES), "two.jsonl.xz": two}, sealed=True)(folder)
 
 
 def bz(folder: pathlib.Path) -> Family:
-    """Bzip2 of one stream and of two, one of them under another suffix."""
+    """Bzip2 with one stream and with two, the latter with another suffix."""
     two = b"".join(_packed(bz2))
     return _data({"a.jsonl.bz2": bz2.compress(LINES), "two.jsonl.gz": two}, sealed=True)(folder)
 
@@ -73,7 +73,7 @@ def zst(folder: pathlib.Path) -> Family:
 
 
 def parquet(folder: pathlib.Path) -> Family:
-    """Parquet with the checksums of pages, which cover no footer."""
+    """Parquet with page checksums, which do not cover the footer."""
     import pyarrow
     import pyarrow.parquet
 
@@ -83,7 +83,7 @@ def parquet(folder: pathlib.Path) -> Family:
 
 
 def arrow(folder: pathlib.Path) -> Family:
-    """Arrow's streams and files, without checksums."""
+    """Arrow streams and files, without checksums."""
     import pyarrow
     import pyarrow.ipc
 

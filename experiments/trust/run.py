@@ -48,20 +48,23 @@ def _claim(make: Callable[..., object]) -> str:
     """Describes a family of files, and what must happen to damaged ones."""
     what = (make.__doc__ or "").strip().removesuffix(".")
     name = make.__name__
-    outcome = "refused in words" if name not in RECORDS else "the file is named"
+    outcome = "refused with a message" if name not in RECORDS else "the file is named"
     outcome = f"{'every record' if name in RECORDS and name not in UNSEALED else 'read'}, or {outcome}"
     return f"{what}; {outcome}"
 
 
 CAMPAIGNS = {
-    "kills": ("R1 R4 R11", "kill -9 at any moment; the same command ends bitwise as the undisturbed run"),
-    "signals": ("R8 R9", "six signals and floods of them in nine phases; saved or refused in seconds, then as above"),
+    "kills": ("R1 R4 R11", "kill -9 at any time; the same command then ends bitwise equal to the undisturbed run"),
+    "signals": ("R8 R9", "six signals and floods of them in nine phases; saved or ended in seconds, then as above"),
     "two": ("R1", "the same command twice at once; one trains, the other refuses, nothing is lost"),
     "patches": ("R1 R4", "kill -9 of learn, patch apply and patch revert; the model is the one before or after"),
-    "flips": ("R2 R3", "bits, lengths and places of all files of a checkpoint; detected, or equal arrays"),
-    "disk": ("R10", "a full, read-only or limited disk at every write; one line, then it goes on"),
-    "sandbox": ("-", "programs that forge, fill, hang, stay, kill, also without namespaces; none passes or is left"),
-    "http": ("-", "odd bodies, heads and chunks, stalled and broken connections; refused with a reason, or right"),
+    "flips": ("R2 R3", "flipped bits, changed lengths and exchanged files of a checkpoint; detected, or equal arrays"),
+    "disk": ("R10", "a full, read-only or limited disk at every write; a one-line error, then the run resumes"),
+    "sandbox": (
+        "-",
+        "programs that forge, fill, hang, linger or kill, also without namespaces; none passes or remains",
+    ),
+    "http": ("-", "odd bodies, heads and chunks, stalled and broken connections; a correct answer, or a clear error"),
     **{name: ("R16" if name in RECORDS else "R22 R29", _claim(make)) for name, make in FAMILIES.items()},
 }
 FULL = {
@@ -154,7 +157,7 @@ def all_cases(lab: Lab, campaigns: list[str], jobs: int, seconds: float, *, smal
 def table(done: list[Case], campaigns: list[str]) -> str:
     """The counts by campaign, as a Markdown table."""
     lines = [
-        "| | What is tried, and what must happen | tried | lost | silently wrong | hung | tracebacks | other |",
+        "| | Attack and required outcome | tried | lost | silently wrong | hung | tracebacks | other |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name in campaigns:
