@@ -56,8 +56,11 @@ def read_parts(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct])
     reading: collections.deque[tuple[list[int], ts.Future[np.ndarray], int]] = collections.deque()
     for (name, target), opened in zip(wanted.items(), opening, strict=True):
         array = opened.result()
-        if (array.shape, array.dtype.numpy_dtype) != (target.shape, target.dtype):
-            raise ValueError(f"{name} is {array.dtype.name}{list(array.shape)}")
+        # Each piece is unpacked whole, so that of a hostile file one could take all memory.
+        piece = [size or 1 for size in array.chunk_layout.read_chunk.shape or ()]
+        is_larger = math.prod(piece) > max(1, math.prod(target.shape))
+        if is_larger or (array.shape, array.dtype.numpy_dtype) != (target.shape, target.dtype):
+            raise ValueError(f"{name} is {array.dtype.name}{list(array.shape)} in pieces of {piece}")
         bounds = _bounds_here(target)
         size = _num_bytes([last - first for first, last in bounds], target)
         while reading and size + sum(each for _, _, each in reading) > most:

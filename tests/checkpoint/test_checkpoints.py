@@ -548,6 +548,18 @@ def test_an_array_without_its_data_is_damage(tmp_path, capsys):
     assert "step 2, item params: cannot be read" in capsys.readouterr().err
 
 
+def test_a_piece_larger_than_its_array_is_damage_and_not_unpacked(tmp_path, capsys):
+    saved(tmp_path, 1, 2)
+    database = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{tmp_path}/2/params/"}).result()
+    metadata = json.loads(database.read("w/.zarray").result().value)
+    # 1 GiB, which packs into kilobytes.
+    ts.open({"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{tmp_path}/2/params/", "path": "w/"},
+             "metadata": metadata | {"chunks": [1 << 14, 1 << 14]}},
+            create=True, delete_existing=True).result()[:].write(np.zeros((64, 8), np.float32)).result()  # fmt: skip
+    assert Checkpoints(tmp_path, verify=False).restore(small_target()).step == 1
+    assert "w is float32[64, 8] in pieces of [16384, 16384]" in capsys.readouterr().err
+
+
 def test_what_orbax_says_of_the_arrays_beside_them_is_not_needed(tmp_path):
     saved(tmp_path, 1)
     for name in ("_METADATA", "_sharding"):
