@@ -213,7 +213,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
         parts += ["![recall and bits per parameter against the arithmetic of the training](recall.png)"]
         parts += [markdown(head, [headline(*key, runs) for key, runs in full.items()])]
     if again := read_results(folder / "results" / "again.json"):
-        parts += ["From scratch once more, with the same seed (`results/again.json`):", repeated(rows, again)]
+        parts += ["Retrained from scratch with the same seed (`results/again.json`):", repeated(rows, again)]
     parts += why.tables(of_stage("why"))
     for stage in ("grid", "edges", "gate"):
         if found := of_stage(stage):
@@ -268,7 +268,7 @@ def summary(rows: list[Result]) -> str:
                 spread(runs, lambda row: row["recall"]),
             )
         )
-    head = ("model", "arithmetic a token", "parameters", f"recall of {first['facts']:,} facts")
+    head = ("model", "arithmetic per token", "parameters", f"recall of {first['facts']:,} facts")
     picture = f"![recall against the arithmetic of the training]({(HERE / 'recall.png').relative_to(ROOT)})"
     return f"{picture}\n\n{markdown(head, lines)}"
 

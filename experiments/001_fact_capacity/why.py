@@ -78,11 +78,11 @@ def tables(rows: Rows) -> list[str]:
         return []
     exposures = next(iter(found.values()))[0]["exposures"]
     return [
-        f"Why, {exposures:.0f} exposures: recall of each design by the rate of the table:",
+        f"Why, {exposures:.0f} exposures: recall of each design by table rate:",
         _designs(found),
-        "What a step from the plain layer to Memory+ changes, in points of recall:",
+        "Effect of each step from the plain layer to Memory+, in points of recall:",
         _steps(found),
-        "One more change, and what it does to the recall of its design:",
+        "Single further changes, and their effect on the recall of the design:",
         _changes(found),
     ]
 

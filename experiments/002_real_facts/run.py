@@ -131,7 +131,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
         [
             "![exact match against arithmetic](exact_match.png)",
             markdown(head, lines),
-            f"Exact match by relation, {most:,} facts (who always says the commonest answer: {guess:.1%}):",
+            f"Exact match by relation, {most:,} facts (always giving the commonest answer: {guess:.1%}):",
             markdown(("relation", *(f"`{family}`" for family in by_relation)), cells),
         ]
     )

@@ -114,9 +114,9 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
         if fewer:
             parts.append(f"{titles[stage]}: {seeds} seeds; of {', '.join(fewer)}.")
         parts += [
-            f"{titles[stage]}: share right by how often a fact was told, and answers about facts never told:",
+            f"{titles[stage]}: share correct by how often a fact was told, and answers about facts never told:",
             answered(groups),
-            f"{titles[stage]}: how well the output tells (AUROC), calibration, and wrong answers:",
+            f"{titles[stage]}: AUROC of output signals, calibration, and wrong answers:",
             outputs(groups),
             f"{titles[stage]}: AUROC of memory signals, at the last token of the prompt / mean over the prompt:",
             memories(groups),

@@ -28,7 +28,7 @@ def compared(families: Families) -> list[str]:
             for name in others
         ]
         found += [
-            f"`{base}` less the other, with twice the standard error by the spread of the seeds (below zero: `{base}` "
+            f"`{base}` minus the other, with twice the standard error from the spread over seeds (below zero: `{base}` "
             "is better):",
             markdown(("against", *COMPARISONS), lines),
         ]
@@ -64,8 +64,8 @@ def equivalents(families: Families) -> list[str]:
     shown = ", ".join(f"`{name}`" for name in dense)
     return [
         "The dense model of equal loss, as a multiple of the family's own FLOPs per token and dense parameters: a line "
-        f"through {shown} over the logarithm of their size, read off at the family's loss; 90 % intervals by the "
-        "spread of the seeds. In brackets where it lies outside the dense models that were trained.",
+        f"through {shown} over the logarithm of their size, read off at the family's loss; 90 % intervals from the "
+        "spread over seeds. In brackets if it lies outside the range of the dense models.",
         markdown(head, lines),
     ]
 
@@ -129,8 +129,8 @@ def speed_of_learning(families: Families) -> list[str]:
             cells.append("not reached" if reached is None else f"{reached / runs[0]['tokens']:.0%}")
         lines.append(cells)
     return [
-        "Share of its tokens after which a family is where `dense_x1` ends (means over seeds; points of the curve "
-        "joined by lines):",
+        "Share of its tokens after which a family reaches the final value of `dense_x1` (means over seeds; points of "
+        "the curve joined by lines):",
         markdown(("family", *measures), lines),
     ]
 

@@ -76,7 +76,7 @@ def repeated(families: Families, again: dict[str, Result]) -> list[str]:
         for value in (MEASURES[name] for name in COMPARISONS):
             cells += [", ".join(f"{value(row):.3f}" for row in rows), spread(families[rows[0]["family"]], value, ".3f")]
         lines.append(cells)
-    return ["Trained from scratch twice, from the same seed (`results/again.json`):", markdown(head, lines)]
+    return ["Trained from scratch twice with the same seed (`results/again.json`):", markdown(head, lines)]
 
 
 def written(families: Families) -> list[str]:
@@ -89,7 +89,7 @@ def written(families: Families) -> list[str]:
         (f"`{name}`", *(spread(runs, value(group)) for group in groups for value in (match, f1)))
         for name, runs in families.items()
     ]
-    return [f"Answers written closed-book after four examples ({counts}):", markdown(head, lines)]
+    return [f"Answers generated closed-book after four examples ({counts}):", markdown(head, lines)]
 
 
 def by_exposures(families: Families) -> list[str]:
@@ -114,11 +114,11 @@ def by_exposures(families: Families) -> list[str]:
         for one in relations
     ]
     return [
-        f"EntityQuestions by how often subject and object stand together in the text ({counts}), nats of an answer:",
+        f"EntityQuestions by how often subject and object occur together in the text ({counts}), nats per answer:",
         markdown(("family", *bins), by_nats),
         "The same, exact match:",
         markdown(("family", *bins), of(match)),
-        "By relation, nats of an answer (and the exact match of always giving the relation's commonest answer):",
+        "By relation, nats per answer (and the exact match of always giving the relation's commonest answer):",
         markdown(("relation", "questions", "commonest", *(f"`{name}`" for name in shown)), lines),
     ]
 
@@ -145,7 +145,7 @@ def slots(families: Families) -> list[str]:
         )
     head = ("family", "layers", "slots read", "effective", "dead", "bits per byte, held out", "tables zeroed")
     return (
-        ["Slots between the last two points of the curve, mean over the layers:", markdown(head, lines)]
+        ["Slots read between the last two points of the curve, mean over layers:", markdown(head, lines)]
         if lines
         else []
     )
@@ -162,7 +162,7 @@ def other_sets(families: Families) -> list[str]:
     ]
     chance = ("chance", *(f"{row['choices'][one]['chance']:.1%}" for one in names), "")
     head = ("family", *(f"{one} ({row['choices'][one]['questions']:,})" for one in names), "bits per byte, code")
-    return ["Multiple choice (likeliest choice for its bytes), and programs, which the text hardly has:"] + [
+    return ["Multiple choice (most likely choice per byte), and programs, which are rare in the text:"] + [
         markdown(head, [chance, *lines])
     ]
 
@@ -199,9 +199,10 @@ def ablations(rows: list[Result], families: Families) -> list[str]:
         )
     spreads = [(name, seed_deviation(families, MEASURES[name])) for name in names]
     noise = ", ".join(f"{name} {deviation:.4f}" for name, deviation in spreads if deviation is not None)
-    told = f" The standard deviation over the seeds of the runs above: {noise}." if noise else ""
+    told = f" Standard deviation over seeds of the runs above: {noise}." if noise else ""
     return [
-        f"Changes of `memory_plus`, {rows[0]['epochs']:.2f} epochs, one seed, and the difference to none.{told}",
+        f"Changes of `memory_plus`, {rows[0]['epochs']:.2f} epochs, one seed, with differences from the unchanged "
+        f"model.{told}",
         markdown(("change", *names, "slots read", "tokens/s"), lines),
     ]
 
@@ -247,7 +248,7 @@ def summary(rows: list[Result]) -> str:
     families = families_of(rows)
     if "dense_x1" not in families:
         return NOT_RUN
-    head = ("model", "arithmetic a token", "parameters", "bits per byte, held out", "nats, answers in the text")
+    head = ("model", "arithmetic per token", "parameters", "bits per byte, held out", "nats, answers in the text")
     head += ("nats, facts of 4 or more paragraphs",)
     unit = families["dense_x1"][0]["flops_per_token"]
     lines = [
