@@ -94,7 +94,7 @@ def _serve(run: str, settings: ServeConfig) -> None:
             from memjax.inference.scoring import PromptScorer
             from memjax.inference.server import HttpServer
             from memjax.inference.service import Limits, Service
-            from memjax.inference.serving_engine import lower_rest, make_engine, warm_up
+            from memjax.inference.serving_engine import ServingEngine, lower_rest, warm_up
 
             max_length = settings.max_length or found.config.data.sequence_length
             name = settings.model_name or pathlib.Path(run).resolve().name
@@ -105,7 +105,7 @@ def _serve(run: str, settings: ServeConfig) -> None:
                 limits=Limits(max_length=max_length, max_body_bytes=settings.max_body_kib << 10),
                 api_key=key,
             )
-            engine = make_engine(
+            engine = ServingEngine(
                 found.model,
                 num_slots=settings.slots,
                 max_length=max_length,

@@ -82,7 +82,7 @@ def serve(case: cases.Row) -> None:
     from memjax.inference.scoring import PromptScorer
     from memjax.inference.server import HttpServer
     from memjax.inference.service import Limits, Service
-    from memjax.inference.serving_engine import lower_rest, make_engine, warm_up
+    from memjax.inference.serving_engine import ServingEngine, lower_rest, warm_up
     from memjax.models.parts import DecoderParts
 
     class Numbers(Tokenizer):
@@ -110,7 +110,7 @@ def serve(case: cases.Row) -> None:
         ended = time.perf_counter()
         return clients * new / (ended - started), clients * (new - 1) / (ended - first)
 
-    engine = make_engine(model, num_slots=clients, max_length=max_length, reuse_prompts=case["reuse"])
+    engine = ServingEngine(model, num_slots=clients, max_length=max_length, reuse_prompts=case["reuse"])
     for _ in range(2):
         # The first batch compiles, and the second warms up memory.
         alone(engine)

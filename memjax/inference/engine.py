@@ -224,7 +224,7 @@ class Engine:
         """The first of the prompts, as many as are read at once."""
         width, count = 0, 0
         for one in joining:
-            width = max(width, one.width)
+            width = max(width, self._min_capacity if one.start else one.width)
             if count and (count + 1) * width > _PREFILL_TOKENS:
                 break
             count += 1
@@ -238,10 +238,11 @@ class Engine:
 
     def _prefill(self, joining: Sequence[Joining], rows_wanted: int | None) -> None:
         """Reads prompts together, all from their beginning or none, and picks the first token of each."""
-        width = max(one.width for one in joining)
-        group = self._group(len(joining), width, rows_wanted)
-        is_begun = joining[0].start > 0
-        tokens = np.zeros((group, self._min_capacity if is_begun else width), np.int32)
+        width, is_begun = max(one.width for one in joining), joining[0].start > 0
+        # What is copied takes as much of the cache as a whole row.
+        size = self._min_capacity if is_begun else width
+        group = self._group(len(joining), size, rows_wanted)
+        tokens = np.zeros((group, size), np.int32)
         lengths, sources, starts = np.ones(group, np.int32), np.zeros(group, np.int32), np.zeros(group, np.int32)
         taken: dict[int, _Slot] = {}
         for row, (request, slot, source, start) in enumerate(joining):

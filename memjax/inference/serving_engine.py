@@ -48,7 +48,8 @@ class ServingEngine(Engine):
         extend: bool = False,
     ) -> Iterator[Lowered]:
         """The programs for prompts padded to these widths and read in groups of these sizes, each in some modes with a
-        number of likeliest tokens to report, and where prompts are reused: traced, to be compiled; nothing runs.
+        number of likeliest tokens to report, and with `extend` those that copy beginnings: traced, to be compiled;
+        nothing runs.
 
         Under a mesh there are only those that read prompts: the compiler decides how the arguments of others are split.
         """
@@ -56,10 +57,19 @@ class ServingEngine(Engine):
         sharding = next((array.sharding for array in self._weights if array.committed), None)
         shape = lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
         shapes = lambda lowered: jax.tree.map(shape, lowered.out_info)
-        state, fresh = None, {}
-        for group, width in sorted({(self._group(1, width, group), width) for group in groups for width in widths}):
-            tokens, lengths = np.zeros((group, width), np.int32), np.ones(group, np.int32)
-            yield (read := self._program_for(tokens).lower(self._weights, tokens, lengths))
+        capacity, state, fresh = self._min_capacity, None, {}
+        reads = sorted({(self._group(1, width, group), width, width) for group in groups for width in widths})
+        if extend:
+            begun = {(self._group(1, capacity, group), capacity, width) for group in groups for width in widths[:-1]}
+            reads += sorted(begun)
+        for group, size, width in reads:
+            tokens, lengths = np.zeros((group, size), np.int32), np.ones(group, np.int32)
+            if width < size and state is not None:
+                held = state.cache, lengths, lengths
+                read = self._programs.extend.lower(self._weights, *held, tokens, lengths, width=width)
+            else:
+                read = self._program_for(tokens).lower(self._weights, tokens, lengths)
+            yield read
             if self._devices > 1:
                 continue
             logits, uses, cache = shapes(read)
@@ -67,25 +77,15 @@ class ServingEngine(Engine):
             for mode, num_top in needs if group not in fresh else ():
                 yield (started := programs.start.lower(logits, lengths, uses, rows, mode=mode, num_top=num_top))
                 fresh[group] = shapes(started)[0]
-            room = {"num_rows": self._num_rows, "room": Room(self._min_capacity, rows.num_stops)}
+            arguments = fresh[group]._replace(cache=cache), lengths
+            room = {"num_rows": self._num_rows, "room": Room(capacity, rows.num_stops)}
             if state is None:
-                yield (inserted := programs.insert.lower(None, fresh[group]._replace(cache=cache), lengths, **room))
+                yield (inserted := programs.insert.lower(None, *arguments, **room))
                 state = shapes(inserted)
-            yield programs.insert.lower(state, fresh[group]._replace(cache=cache), lengths, **room)
-            if extend and width < widths[-1]:
-                whole = np.zeros((group, self._min_capacity), np.int32)
-                others = state.cache, lengths, lengths
-                yield (read := self._programs.extend.lower(self._weights, *others, whole, lengths, width=width))
-                cache = shapes(read)[2]
-                yield programs.insert.lower(state, fresh[group]._replace(cache=cache), lengths, **room)
+            yield programs.insert.lower(state, *arguments, **room)
         for mode, num_top in needs if state is not None else ():
             arguments = self._weights, state, np.zeros(self._num_rows, bool), np.int32(1)
             yield self._programs.decode.lower(*arguments, mode=mode, num_top=num_top)
-
-
-def make_engine(model: Decoder, *, num_slots: int, max_length: int, reuse_prompts: bool = True) -> ServingEngine:
-    """An engine with one decoding program for each of `_MODES`, whose texts are at most max_length tokens long."""
-    return ServingEngine(model, num_slots=num_slots, max_length=max_length, reuse_prompts=reuse_prompts)
 
 
 def warm_up(

@@ -13,10 +13,11 @@ from drawn import drawn
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig, RopeScalingConfig
 from memjax.config.sampling import SamplingConfig
+from memjax.inference import engine as engine_module
 from memjax.inference.engine import Engine
 from memjax.inference.prefixes import Prompts
 from memjax.inference.requests import Request
-from memjax.inference.serving_engine import make_engine
+from memjax.inference.serving_engine import ServingEngine
 from memjax.inference.streaming import generate
 from memjax.models.decoder import Decoder
 
@@ -63,7 +64,7 @@ def test_the_longest_beginning_is_found_where_it_saves_padding(puts, prompt):
 
 def test_texts_are_those_of_prompts_that_were_read_whole():
     model, rng = tiny(sliding_window=50), np.random.default_rng(0)
-    engine = make_engine(model, num_slots=3, max_length=CAPACITY)
+    engine = ServingEngine(model, num_slots=3, max_length=CAPACITY)
     stem = [1, *rng.integers(3, 259, size=80).tolist()]
     num_reused = 0
     for _ in range(8):
@@ -96,7 +97,7 @@ def reused(engine: Engine, *prompts: list[int]) -> list[int]:
 
 
 def test_the_oldest_prompts_are_overwritten_first_and_a_reset_forgets_all():
-    engine = make_engine(tiny(), num_slots=2, max_length=CAPACITY)
+    engine = ServingEngine(tiny(), num_slots=2, max_length=CAPACITY)
     one, two = [1, *[7] * 60], [1, *[8] * 60]
     assert [reused(engine, one), reused(engine, two)] == [[0], [0]]
     # Each goes where the other was, before which it is copied.
@@ -105,21 +106,31 @@ def test_the_oldest_prompts_are_overwritten_first_and_a_reset_forgets_all():
     engine.reset()
     assert reused(engine, one, one) == [0, 0]
     assert reused(engine, [5] * 60, one) == [0, 60]
-    assert reused(make_engine(tiny(), num_slots=2, max_length=CAPACITY, reuse_prompts=False), one, one) == [0, 0]
+    assert reused(ServingEngine(tiny(), num_slots=2, max_length=CAPACITY, reuse_prompts=False), one, one) == [0, 0]
+
+
+def test_copies_take_no_more_memory_at_once_than_prompts_that_are_read(monkeypatch):
+    engine = ServingEngine(tiny(), num_slots=4, max_length=CAPACITY)
+    monkeypatch.setattr(engine_module, "_PREFILL_TOKENS", 2 * CAPACITY)
+    engine.insert([Request(prompt_ids=[5] * 100, max_tokens=1)])
+    engine.step(1)
+    engine.insert([Request(prompt_ids=[5] * size, max_tokens=1) for size in (101, 102, 103)], prefill_rows=4)
+    assert [fresh.state.cache.blocks[0].keys.shape[::2] for fresh in engine._unread] == [(2, CAPACITY)] * 2
+    assert [slot.num_reused for fresh in engine._unread for slot in fresh.slots.values()] == [100] * 3
 
 
 def test_nothing_is_reused_where_it_would_change_a_text(mesh):
     scaling = RopeScalingConfig(kind="dynamic", factor=4.0, original_length=16)
-    engine = make_engine(tiny(rope_scaling=scaling), num_slots=2, max_length=CAPACITY)
+    engine = ServingEngine(tiny(rope_scaling=scaling), num_slots=2, max_length=CAPACITY)
     assert [reused(engine, [5] * 60) for _ in range(2)] == [[0], [0]]
     with jax.set_mesh(mesh):
-        assert not make_engine(tiny(), num_slots=2, max_length=CAPACITY).reuses_prompts
+        assert not ServingEngine(tiny(), num_slots=2, max_length=CAPACITY).reuses_prompts
 
 
 @pytest.mark.parametrize("length", [CAPACITY, CAPACITY + 1])
 def test_prompts_that_fill_the_cache_or_pass_it_are_read(length):
     model = tiny()
-    engine = make_engine(model, num_slots=1, max_length=CAPACITY)
+    engine = ServingEngine(model, num_slots=1, max_length=CAPACITY)
     prompt = [1, *np.random.default_rng(1).integers(3, 259, size=length - 1).tolist()]
     assert reused(engine, prompt[:100]) == [0]
     (slot,) = engine.insert([Request(prompt_ids=prompt, max_tokens=1)])

@@ -32,7 +32,7 @@ from memjax.inference.scheduler import Scheduler
 from memjax.inference.scoring import PromptScorer
 from memjax.inference.server import HttpServer
 from memjax.inference.service import Limits, Service
-from memjax.inference.serving_engine import make_engine
+from memjax.inference.serving_engine import ServingEngine
 from memjax.inference.text import continue_texts
 from memjax.models.decoder import Decoder
 
@@ -69,7 +69,7 @@ class Running:
             limits=Limits(**{"max_length": MAX_LENGTH, **limits}),
             api_key=api_key,
         )
-        engine = make_engine(tiny(), num_slots=SLOTS, max_length=MAX_LENGTH)
+        engine = ServingEngine(tiny(), num_slots=SLOTS, max_length=MAX_LENGTH)
         self.step = engine.step
         if slow:
             # Texts that take their time, one token after another.

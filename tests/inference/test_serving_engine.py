@@ -15,7 +15,7 @@ from memjax.inference.engine import Engine
 from memjax.inference.requests import Request
 from memjax.inference.scheduler import Scheduler
 from memjax.inference.scoring import PromptScorer
-from memjax.inference.serving_engine import lower_rest, make_engine, warm_up
+from memjax.inference.serving_engine import ServingEngine, lower_rest, warm_up
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 
@@ -54,7 +54,7 @@ def write(engine: Engine, lengths: Sequence[int], **settings: Any) -> list[int]:
 
 @pytest.mark.parametrize("committed", [False, True])
 def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length(compiled, committed):
-    engine = make_engine(constant(0.1, committed=committed), num_slots=2, max_length=33)
+    engine = ServingEngine(constant(0.1, committed=committed), num_slots=2, max_length=33)
     told: list[tuple[int, int]] = []
     compiled.clear()
     warm_up(engine, max_length=33, progress=lambda done, total: told.append((done, total)))
@@ -79,7 +79,7 @@ def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length(compiled, comm
 
 def test_the_less_usual_programs_are_compiled_while_it_serves(compiled):
     model = constant(0.2, vocab_size=13)
-    engine, scorer = make_engine(model, num_slots=2, max_length=33), PromptScorer(model)
+    engine, scorer = ServingEngine(model, num_slots=2, max_length=33), PromptScorer(model)
     warm_up(engine, max_length=33)
     assert not engine.prompts.is_used
     scheduler = Scheduler(engine, lambda updates: None, max_waiting=4, score=scorer)
@@ -98,7 +98,7 @@ def test_the_less_usual_programs_are_compiled_while_it_serves(compiled):
 
 
 def test_a_server_ends_after_the_program_that_is_compiled_and_survives_one_that_fails(caplog):
-    scheduler = Scheduler(make_engine(constant(0.3), num_slots=1, max_length=8), print, max_waiting=1)
+    scheduler = Scheduler(ServingEngine(constant(0.3), num_slots=1, max_length=8), print, max_waiting=1)
     first, go_on, made = threading.Event(), threading.Event(), []
 
     class Program:
@@ -115,7 +115,7 @@ def test_a_server_ends_after_the_program_that_is_compiled_and_survives_one_that_
     go_on.set()
     assert scheduler.stop(60.0)
     assert made == [0, 1]
-    failing = Scheduler(make_engine(constant(0.3), num_slots=1, max_length=8), print, max_waiting=1)
+    failing = Scheduler(ServingEngine(constant(0.3), num_slots=1, max_length=8), print, max_waiting=1)
     failing.start(1 // 0 for _ in range(3))  # pyright: ignore
     failing._threads[1].join(60)
     assert failing.is_alive
@@ -127,7 +127,7 @@ def test_under_a_mesh_a_warm_engine_compiles_nothing_either(compiled, mesh):
     with jax.set_mesh(mesh):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         model = constant(0.4, vocab_size=16)
-        engine = make_engine(jax.device_put(model, whole), num_slots=3, max_length=33)
+        engine = ServingEngine(jax.device_put(model, whole), num_slots=3, max_length=33)
         warm_up(engine, max_length=33)
         compiled.clear()
         for lengths in ([3], [17, 17], [32], [31, 30]):
