@@ -52,7 +52,7 @@ def main() -> None:
     options = command.parser(__doc__, stages=("full",), sizes=tuple(SIZES), folder=HERE)
     options.add_argument("--prepare", type=pathlib.Path, metavar="QUESTIONS", help="EntityQuestions' training part")
     options.add_argument(
-        "--facts", type=pathlib.Path, default=ROOT / "runs/entity_questions.npz", help="what --prepare writes"
+        "--facts", type=pathlib.Path, default=ROOT / "runs/entity_questions.npz", help="the file that --prepare writes"
     )
     arguments = options.parse_args()
     # Imported late, so that --help is fast.

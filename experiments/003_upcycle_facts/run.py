@@ -34,12 +34,12 @@ class Fact(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="JSON lines with `text`, to train on")
-    parser.add_argument("--held_out", type=pathlib.Path, required=True, help="the same, to measure on")
+    parser.add_argument("--text", type=pathlib.Path, required=True, help="training text: JSON lines with `text`")
+    parser.add_argument("--held_out", type=pathlib.Path, required=True, help="held-out text, likewise")
     parser.add_argument(
         "--questions", type=pathlib.Path, required=True, help="EntityQuestions' training part, .jsonl.xz"
     )
-    parser.add_argument("--work", type=pathlib.Path, required=True, help="a folder for the runs")
+    parser.add_argument("--work", type=pathlib.Path, required=True, help="folder for the runs")
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)

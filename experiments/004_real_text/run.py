@@ -197,9 +197,13 @@ SIZES = {
 def main() -> None:
     began = time.time()
     options = command.parser(__doc__, stages=STAGES, sizes=tuple(SIZES), folder=HERE)
-    options.add_argument("--prepare", type=pathlib.Path, nargs=2, metavar=("DATA", "FOLDER"), help="data sets, target")
-    options.add_argument("--data", type=pathlib.Path, default=ROOT / "runs/real_text", help="what --prepare writes")
-    options.add_argument("--work", type=pathlib.Path, help="folder for tokens; a temporary one of the data's name")
+    options.add_argument(
+        "--prepare", type=pathlib.Path, nargs=2, metavar=("DATA", "FOLDER"), help="folder of data sets, and target"
+    )
+    options.add_argument(
+        "--data", type=pathlib.Path, default=ROOT / "runs/real_text", help="the folder that --prepare writes"
+    )
+    options.add_argument("--work", type=pathlib.Path, help="folder for tokens; default: a temporary folder")
     options.set_defaults(jobs=None)
     arguments = options.parse_args()
     arguments.jobs = arguments.jobs or arguments.gpus

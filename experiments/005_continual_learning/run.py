@@ -157,7 +157,10 @@ def main() -> None:
     options = command.parser(__doc__, stages=STAGES, sizes=tuple(SIZES), folder=HERE)
     options.add_argument("--data", type=pathlib.Path, help="folder with wiki, entity_questions and counterfact")
     options.add_argument(
-        "--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "continual", help="for the bases"
+        "--work",
+        type=pathlib.Path,
+        default=pathlib.Path(tempfile.gettempdir()) / "continual",
+        help="folder for the bases",
     )
     arguments = options.parse_args()
     arguments.jobs = max(arguments.jobs, arguments.gpus)

@@ -54,7 +54,10 @@ SIZES = {
 def main() -> None:
     options = command.parser(__doc__, stages=("people", "questions"), sizes=tuple(SIZES), folder=HERE)
     options.add_argument(
-        "--facts", type=pathlib.Path, default=ROOT / "runs/entity_questions.npz", help="what 002's --prepare writes"
+        "--facts",
+        type=pathlib.Path,
+        default=ROOT / "runs/entity_questions.npz",
+        help="the file that 002's --prepare writes",
     )
     arguments = options.parse_args()
     if "questions" in arguments.stage and not (arguments.facts.exists() or arguments.plan or arguments.report):

@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
     parser.add_argument("--small", action="store_true", help="small sizes")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to run")
-    parser.add_argument("--seconds", type=float, default=300, help="no part begins after this or goes on longer")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit: no part starts later, or runs longer")
     parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     arguments = parser.parse_args()
     # The recorded command omits where files go.

@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
     parser.add_argument("--small", action="store_true", help="small sizes (always on a CPU)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time of a case beside its compilation")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time per case, without compilation")
     arguments = parser.parse_args()
     small = arguments.small or jax.default_backend() == "cpu"
     stem = timing.stem("experts", small=small)

@@ -65,9 +65,9 @@ def measure(codes: dict[str, pathlib.Path], folder: pathlib.Path, rounds: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each commit, of which the best counts")
-    parser.add_argument("--before", nargs="*", default=list(BEFORE), help="older commits; they need a Git checkout")
-    parser.add_argument("--keep", type=pathlib.Path, help="folder for checkouts and runs, which are used again")
+    parser.add_argument("--rounds", type=int, default=5, help="processes per commit, of which the best counts")
+    parser.add_argument("--before", nargs="*", default=list(BEFORE), help="older commits; needs a Git checkout")
+    parser.add_argument("--keep", type=pathlib.Path, help="folder in which to keep checkouts and runs for reuse")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.keep or pathlib.Path(temporary)).resolve()

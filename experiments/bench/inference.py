@@ -124,9 +124,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small sizes")
     parser.add_argument("--size", default="373m", help="presets configs/SIZE_dense.yaml and SIZE_memory_plus_1m.yaml")
     parser.add_argument("--only", nargs="*", help=f"parts: {' '.join(PARTS)}")
-    parser.add_argument("--rounds", type=int, default=5, help="texts of each size, whose median counts")
-    parser.add_argument("--profile", action="store_true", help="trace a chunk of every size too")
-    parser.add_argument("--seconds", type=float, default=240, help="no process begins after this or goes on longer")
+    parser.add_argument("--rounds", type=int, default=5, help="texts per size, of which the median counts")
+    parser.add_argument("--profile", action="store_true", help="also trace a chunk of every size")
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="time limit: no process starts later, or runs longer"
+    )
     parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     arguments = parser.parse_args()
     # The recorded command omits where files go.

@@ -131,12 +131,12 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8, help="all devices of the machine, an even number")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--stages", nargs="+", default=["train", "resume", "evaluate"])
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/large_tables"), help="for checkpoints")
+    parser.add_argument(
+        "--runs", type=pathlib.Path, default=pathlib.Path("runs/large_tables"), help="folder for checkpoints"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
     parser.add_argument("--host_format", default="saved", help="table_format of the tables in host memory")
-    parser.add_argument(
-        "--seconds", type=float, default=3600, help="no stage begins after this, and none goes on longer"
-    )
+    parser.add_argument("--seconds", type=float, default=3600, help="time limit: no stage starts later, or runs longer")
     parser.add_argument("--small", action="store_true", help="tiny models")
     arguments = parser.parse_args()
     arguments.runs, arguments.out = arguments.runs.resolve(), arguments.out.resolve()

@@ -88,9 +88,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=4, help="GPUs of each process")
     parser.add_argument("--preset", default="373m_memory_plus_1m")
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/lost_process"), help="for checkpoints")
+    parser.add_argument(
+        "--runs", type=pathlib.Path, default=pathlib.Path("runs/lost_process"), help="folder for checkpoints"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
-    parser.add_argument("--seconds", type=float, default=250, help="that a start or a stop may take")
+    parser.add_argument("--seconds", type=float, default=250, help="maximum time of a start or stop")
     parser.add_argument("--small", action="store_true", help="a tiny model")
     arguments = parser.parse_args()
     arguments.out, runs = arguments.out.resolve(), arguments.runs.resolve()

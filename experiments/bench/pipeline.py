@@ -42,9 +42,9 @@ def make_data(folder: pathlib.Path, small: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each commit, of which the best counts")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
-    parser.add_argument("--before", default=BEFORE, help="an older commit, for which it needs a Git checkout; or ''")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per commit, of which the best counts")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per measurement")
+    parser.add_argument("--before", default=BEFORE, help="an older commit (needs a Git checkout), or '' for none")
     parser.add_argument("--small", action="store_true", help="few articles")
     arguments = parser.parse_args()
     rows: dict[str, cases.Row] = {}

@@ -263,9 +263,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256, 1024])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
-    parser.add_argument("--port", type=float, default=PORT, help="bytes a second through a GPU's port of the network")
-    parser.add_argument("--check", action="store_true", help="only what was measured beside what the model says")
-    parser.add_argument("--out", type=pathlib.Path, help="a folder for the rows, as JSON, and the best as a table")
+    parser.add_argument("--port", type=float, default=PORT, help="bytes per second through a GPU's network port")
+    parser.add_argument("--check", action="store_true", help="only compare the model with measurements")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the rows as JSON, and the best as a table")
     arguments = parser.parse_args()
     rates = measured_rates(arguments.port)
     checked, rows = list(check(rates)), []

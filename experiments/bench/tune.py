@@ -77,9 +77,7 @@ def write(file: pathlib.Path, name: str, fields: dict[str, int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder of <operation>/tiles.json; by default that of memjax.ops"
-    )
+    parser.add_argument("--out", type=pathlib.Path, help="folder of <operation>/tiles.json; default: memjax.ops")
     arguments = parser.parse_args()
     bench = Bench(small=jax.default_backend() == "cpu")
     rounds: dict[str, Any] = {"rounds": 7, "calls": 5}

@@ -21,12 +21,12 @@ def parser(description: str | None, *, stages: Sequence[str], sizes: Sequence[st
     made.add_argument("--stage", nargs="+", choices=stages, default=stages, help="stages to run, in this order")
     made.add_argument("--size", choices=sizes, default=sizes[0], help="small only shows that everything runs")
     made.add_argument("--families", nargs="+", help="run only these")
-    made.add_argument("--jobs", type=int, default=4, help="trainings at once, on all GPUs together")
+    made.add_argument("--jobs", type=int, default=4, help="concurrent trainings, over all GPUs")
     made.add_argument("--gpus", type=int, default=1, help="GPUs to spread them over; each training uses one")
-    made.add_argument("--seconds", type=float, help="start nothing that would not end within so many seconds")
+    made.add_argument("--seconds", type=float, help="start no run that would end later than this")
     made.add_argument("--out", type=pathlib.Path, default=folder / "results", help="folder of the results")
     made.add_argument("--plan", action="store_true", help="list the runs and run nothing")
-    made.add_argument("--report", action="store_true", help="write README's table and the plots from results, no more")
+    made.add_argument("--report", action="store_true", help="only write the README's tables and plots from results")
     return made
 
 

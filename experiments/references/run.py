@@ -142,10 +142,12 @@ def merged(document: dict, parts: list[str], found: list[Check]) -> dict:
 def main() -> int:
     """Runs the comparisons, or only writes the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all without")
+    parser.add_argument("parts", nargs="*", help=f"parts to run, of {', '.join(PARTS)}; default: all")
     parser.add_argument("--report", action="store_true", help="only write the table of docs/checked.md")
-    parser.add_argument("--also", metavar="PYTHON", action="append", default=[], help="of an environment with torch")
-    parser.add_argument("--data", metavar="FOLDER", type=pathlib.Path, help="with published questions and problems")
+    parser.add_argument(
+        "--also", metavar="PYTHON", action="append", default=[], help="interpreter of another environment with torch"
+    )
+    parser.add_argument("--data", metavar="FOLDER", type=pathlib.Path, help="files of published questions and problems")
     arguments = parser.parse_args()
     parts = arguments.parts or [part for part in PARTS if part != "public_sets" or arguments.data]
     if unknown := set(parts) - set(PARTS):

@@ -53,9 +53,9 @@ OLD = 400
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--run", type=pathlib.Path, help="a trained run of invented people; without it one is trained")
+    options.add_argument("--run", type=pathlib.Path, help="an existing run on invented people; default: train one")
     options.add_argument("--patches", type=int, default=10)
-    options.add_argument("--people", type=int, default=2, help="in each patch, six facts each")
+    options.add_argument("--people", type=int, default=2, help="people per patch, six facts each")
     options.add_argument("--small", action="store_true", help="a small model and two patches")
     options.add_argument("--learn", nargs=argparse.REMAINDER, default=[], help="options for memjax.learn, last")
     options.add_argument("--out", type=pathlib.Path, default=HERE / "merging.json")

@@ -209,13 +209,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(CAMPAIGNS), help=f"some of {', '.join(CAMPAIGNS)}")
     parser.add_argument("--small", action="store_true", help="one case each")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="no case begins later than this")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no case starts later than this")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds after which a process counts as hung")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="cases at once")
     parser.add_argument("--workers", type=int, default=0, help="data workers of every run")
-    parser.add_argument("--out", type=pathlib.Path, help="the folder for trust.json; none is written without it")
-    parser.add_argument("--tests", action="store_true", help="run the tests that hold promises, into tests.json")
-    parser.add_argument("--report", type=pathlib.Path, nargs="+", metavar="JSON", help="only print what was kept")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for trust.json; default: not written")
+    parser.add_argument("--tests", action="store_true", help="run the tests of guarantees, and write tests.json")
+    parser.add_argument(
+        "--report", type=pathlib.Path, nargs="+", metavar="JSON", help="only print the report of stored results"
+    )
     options = parser.parse_args()
     if options.report:
         print(read_results(options.report))
