@@ -185,6 +185,19 @@ also loaded where it is not needed.
 """
 
 
+def python_numbers(config: Any) -> None:
+    """Replaces numbers of NumPy with Python's, the only ones that JSON takes."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        plain = tuple(map(_python_number, value)) if type(value) is tuple else _python_number(value)
+        object.__setattr__(config, field.name, plain)
+
+
+def _python_number(value: Any) -> Any:
+    is_numpy = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return value.item() if is_numpy else value
+
+
 def expand_home(config: Any) -> None:
     """Expands `~` in fields whose types mark them as paths."""
     expanded = lambda text: os.path.expanduser(text) if text.startswith("~") else text

@@ -60,6 +60,8 @@ def field_type(section: type, path: FieldPath, *, in_items: bool = False) -> Any
 
 def show(value: Any) -> str:
     """A value as YAML on one line."""
+    if hasattr(value, "tolist"):  # a number or an array of NumPy or JAX
+        value = value.tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):

@@ -72,13 +72,16 @@ def read_facts(path: str, field: str) -> list[Fact]:
 
 
 def _wordings(fields: Mapping[str, Any]) -> Iterator[Record]:
-    key = "text" if "text" in fields else "prompt"
     yield fields_record(fields, Keys())
-    paraphrases = fields.get("paraphrases", [])
+    paraphrases = fields.get("paraphrases")
+    if paraphrases is None:
+        return
     if not isinstance(paraphrases, list):
         raise MalformedError(f"paraphrases must be a list of texts, not {type(paraphrases).__name__}")
-    for paraphrase in paraphrases:
-        yield fields_record({**fields, key: paraphrase}, Keys())
+    for number, paraphrase in enumerate(paraphrases):
+        name = f"paraphrases[{number}]"
+        keys = Keys(text=name) if "text" in fields else Keys(prompt=name)
+        yield fields_record({**fields, name: paraphrase}, keys)
 
 
 def pairs_of(records: Sequence[Record], tokenizer: Tokenizer) -> list[Pairs]:

@@ -105,4 +105,4 @@ def ceil_div(size: int, part: int) -> int:
 
 def next_power_of_two(value: int) -> int:
     """The smallest power of two that is at least value."""
-    return 1 << max(0, value - 1).bit_length()
+    return 1 << max(0, int(value) - 1).bit_length()  # numbers of NumPy have no bit_length

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from memjax.config.data import DataConfig
@@ -30,6 +31,17 @@ def test_types_come_first_then_all_ranges_and_rules(as_users_call):
         Toy(size=0, share=1.0)
     with pytest.raises(ValueError, match=r"^share=0\.5 is for size=1$"):
         Toy(size=2, share=0.5)
+
+
+def test_numbers_of_numpy_are_kept_as_numbers_of_python(as_users_call):
+    sizes: Any = {"size": np.int64(1), "share": np.float32(0.5)}
+    settings: Any = {"layers": (np.int32(3),), "qk_norm": np.bool_(True)}
+    toy, memory = Toy(**sizes), MemoryConfig(**settings)
+    kept = (toy.size, toy.share, *memory.layers, memory.qk_norm)
+    assert kept == (1, 0.5, 3, True)
+    assert list(map(type, kept)) == [int, float, int, bool]
+    with pytest.raises(ValueError, match=r"^size=1\.0 must be a whole number$"):
+        Toy(size=np.float64(1))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_section_is_of_its_class(as_users_call):

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,6 +156,12 @@ def test_prompts_are_texts(as_users_call):
 def test_numbers_out_of_their_range_write_nothing(as_users_call, name, value, rule):
     with pytest.raises(ValueError, match=f"{name}={value} must .*{rule}"):
         list(continue_texts(tiny(), ByteTokenizer(), ["a"], **{"max_tokens": 1, name: value}))
+
+
+def test_counts_may_be_numbers_of_numpy(as_users_call):
+    write: Any = functools.partial(continue_texts, tiny(), ByteTokenizer(), ["a", "bcdef"])
+    counts = {"max_tokens": np.int64(5), "batch_size": np.int64(1), "max_prompt_tokens": np.int32(3)}
+    assert list(write(**counts)) == list(write(**{name: int(count) for name, count in counts.items()}))
 
 
 def test_sampling_is_of_its_class(as_users_call):

@@ -46,8 +46,8 @@ def test_texts_prompts_and_paraphrases_are_read(tmp_path):
         ({"prompt": "x"}, "neither 'text' nor both"),
         ({"text": 3}, "text"),
         ({"text": "x", "paraphrases": "y"}, "paraphrases must be a list of texts, not str"),
-        ({"text": "x", "paraphrases": [3]}, "text"),
-        ({"prompt": "x", "answer": "y", "paraphrases": [""]}, "prompt"),
+        ({"text": "x", "paraphrases": ["z", 3]}, "field 'paraphrases[1]' is a number, not a string"),
+        ({"prompt": "x", "answer": "y", "paraphrases": [""]}, "field 'paraphrases[0]' is an empty string"),
     ],
 )
 def test_a_line_that_is_no_fact_is_named(tmp_path, line, problem):

@@ -3,6 +3,7 @@
 import signal
 from typing import Any
 
+import numpy as np
 import pytest
 
 import memjax
@@ -38,7 +39,8 @@ def test_settings_come_from_a_preset_a_file_a_run_or_an_object(asked, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("run: {dir: elsewhere}\nmodel: {dim: 96}")
     assert memjax.fit().patches[0] == "runs/quickstart"
-    settings = {"model.dim": 32, "model.memory.layers": [1], "data.path": "a b"}
+    settings = {"model.dim": np.int64(32), "model.memory.layers": np.array([1]), "data.path": "a b"}
+    settings |= {"optim.lr": np.logspace(-4, -2, 3)[1], "model.tie_embeddings": np.bool_(True)}
     assert memjax.fit("wiki_text", settings).patches[0] == "runs/wiki_text"
     assert memjax.fit(path, {"model.memory": None}).patches[0] == "elsewhere"
     assert memjax.fit(tmp_path).patches[0] == str(tmp_path)
@@ -47,6 +49,7 @@ def test_settings_come_from_a_preset_a_file_a_run_or_an_object(asked, tmp_path):
     assert quick == given == RunConfig()
     assert wiki.model.memory is not None
     assert (wiki.model.dim, wiki.model.memory.layers, wiki.data.path) == (32, (1,), "a b")
+    assert (wiki.optim.lr, wiki.model.tie_embeddings) == (1e-3, True)
     assert (file.model.dim, file.model.memory) == (96, None)
     assert folder.model.dim == 96
 

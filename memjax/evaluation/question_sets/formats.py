@@ -239,6 +239,8 @@ def _explained(error: pydantic.ValidationError) -> str:
     """The first problem of a line: the field, its value and the rule."""
     first = error.errors(include_url=False)[0]
     name, rule = ".".join(map(str, first["loc"])), _RULES.get(first["type"])
+    if first["type"] == "json_invalid":
+        return f"not JSON ({first['msg']}); write one whole JSON object per line"
     if first["type"] == "missing":
         return f"{name} is missing"
     return f"{name}={json.dumps(first['input'], ensure_ascii=False)[:100]} must be {rule}" if rule else listed(error)
