@@ -19,7 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="memjax-tests-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# XLA's threads: devices that wait for each other hold one each, and some must be left.
+# XLA's thread pool: each device that waits for the others holds a thread, and some must be left over.
 os.environ.setdefault("NPROC", "32")
 
 import hypothesis
@@ -50,7 +50,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Strict dtype promotion is not possible: optax multiplies floats by integer counts.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# In a script's background Ctrl-C is ignored, and processes inherit this; its tests need the default.
+# Background jobs of a script ignore SIGINT, and child processes inherit this; the tests of Ctrl-C need the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compilation makes single examples slow, so a time limit per example would give spurious failures.
@@ -72,7 +72,7 @@ sys.addaudithook(_refuse_network)
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs() -> Iterator[None]:
-    """Clears compiled programs after each module: others do not use them, and a large heap slows garbage collection."""
+    """Drops compiled programs after each module: others do not use them, and a large heap slows garbage collection."""
     yield
     jax.clear_caches()
 
@@ -119,7 +119,7 @@ TINY = """
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., Any]:
-    """tiny_config(*settings): a config with two memory layers, and settings as on a command line."""
+    """tiny_config(*settings): a config with two memory layers, overridden by settings as on a command line."""
     from memjax.config.load import load
     from memjax.config.run import RunConfig
 
@@ -133,7 +133,7 @@ class ByHand:
     logits: Callable[[Sequence[int]], np.ndarray]
 
     def score(self, context: Sequence[int], continuation: Sequence[int], max_length: int) -> tuple[float, bool]:
-        """Scores token by token, each given as many previous tokens as its window holds."""
+        """Scores each token given as many preceding tokens as its window holds."""
         ids = [*context, *continuation]
         nats, is_greedy = 0.0, True
         for start in range(len(context), len(ids), max_length):

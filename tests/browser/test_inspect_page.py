@@ -1,7 +1,7 @@
-"""The page of `inspect` in a headless Chromium: what a click and a search do, at two widths, light and dark.
+"""The page of `inspect` in a headless Chromium: clicks and searches, at two widths, light and dark.
 
-Not run by default, since not every machine has a browser: `pip install playwright`, and Chromium on the path or by
-`playwright install chromium`; then `python -m pytest tests/browser -m browser -n 0`.
+Not run by default, since not every machine has a browser. To run it: `pip install playwright`, have Chromium on the
+path or `playwright install chromium`, then `python -m pytest tests/browser -m browser -n 0`.
 """
 
 import importlib
@@ -49,7 +49,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser, values, tmp_path):
-    """open_page(width, scheme): the page, which may neither load anything nor report an error."""
+    """open_page(width, scheme): opens the page; the test fails if the page loads anything or reports an error."""
     (tmp_path / "page.html").write_text(render(values), encoding="utf-8")
     troubles: list[str] = []
 

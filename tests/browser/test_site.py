@@ -1,6 +1,6 @@
-"""The site in a headless Chromium: fits a phone, shows its pictures in both schemes, copies code, and finds guides.
+"""The site in a headless Chromium: it fits a phone, shows pictures in both schemes, copies code and finds guides.
 
-Not run by default; see test_inspect_page.py for what it needs besides the extra `docs`.
+Not run by default; test_inspect_page.py says what it needs besides the extra `docs`.
 """
 
 import importlib

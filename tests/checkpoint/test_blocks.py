@@ -1,4 +1,4 @@
-"""A large leaf is stored and read as blocks of its rows, whichever way it is split over devices."""
+"""Large leaves are stored and read in blocks of rows, however they are split over devices."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_split_rows_are_stored_and_read_in_blocks(tmp_path):
 
 
 def test_leaves_of_one_shape_share_their_programs(tmp_path):
-    # 70,000 elements: more than NumPy digests itself; blocks of 300 rows and a rest of 100.
+    # 70,000 elements are too many for the NumPy digest; stored as blocks of 300 rows and a last one of 100.
     leaves = {name: jnp.full((1000, 70), value, jnp.float32) for value, name in enumerate("abcde")}
     with Checkpoints(tmp_path, block_bytes=300 * 280) as checkpoints:
         checkpoints.save(1, {"tables": leaves}, {})
@@ -56,5 +56,5 @@ def test_leaves_of_one_shape_share_their_programs(tmp_path):
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     assert all(np.array_equal(restored[name], leaves[name]) for name in leaves)
-    # An empty leaf, two that put blocks into it, a digest (compiled for the save already), the number of a row.
+    # Creating an empty leaf, writing blocks of either size, the digest (already compiled by the save), a row index.
     assert len(compiled) <= 5

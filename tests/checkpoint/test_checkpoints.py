@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, on any mesh, after a kill, or say what is wrong."""
+"""Checkpoints are restored bit for bit, on any mesh and after a kill, or the error says what is wrong."""
 
 import errno
 import gc
@@ -25,7 +25,7 @@ from memjax.checkpoint import CheckpointError, Checkpoints
 from memjax.checkpoint.errors import write_advice
 from memjax.checkpoint.index import INDEX, seal
 
-# TensorStore leaves reads pending when another read of a damaged array fails; they complain when they are collected.
+# When a read of a damaged array fails, TensorStore leaves other reads pending, which warn when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -55,7 +55,7 @@ def host_state(seed=0):
 
 
 def sharding_of(leaf, mesh):
-    """Rows of 16 over data, columns of tables over memory, the rest repeated."""
+    """Splits 16 rows over `data` and columns of tables over `memory`; everything else is replicated."""
     if mesh is None:
         return SingleDeviceSharding(jax.devices()[0])
     if np.shape(leaf) == (16, 8):
@@ -442,7 +442,7 @@ def test_partial_steps_are_passed_over_and_never_cost_the_last_complete_one(tmp_
         assert (later.steps(), later.complete(), later.latest(), later.best()) == ([2, 4], [2], 2, 2)
         restored = later.restore(WHOLE, ["meta"])
         assert (restored.step, restored.documents["meta"]) == (2, {"step": 2})
-        # By its number a partial step gives what it has.
+        # A partial step can still be restored by its number.
         assert_same_bits(later.restore(small_target(), ["meta"], step=4).arrays, small(4))
         message = "step 4 was saved without its tables; the newest step with all of it is 2"
         with pytest.raises(CheckpointError, match=message):
@@ -464,7 +464,7 @@ def test_who_goes_on_from_a_complete_step_saves_the_partial_ones_after_it_anew(t
         again.wait()
         assert (again.steps(), again.complete()) == ([1, 2, 3], [1, 3])
         assert_same_bits(again.restore(small_target(), step=2).arrays, small(20))
-        # Once more within the same run: complete takes the place of partial, not the other way round.
+        # Within one run, too, a complete step replaces a partial one, but not the reverse.
         again.save(3, light(31), {}, partial=True)
         again.save(2, whole(21), {})
         again.wait()
@@ -539,7 +539,7 @@ def test_an_array_without_its_data_is_damage(tmp_path, capsys):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, small(step), {})
-    # Opened by hand and emptied: what is not there would be read as zeros.
+    # Empty the database directly: TensorStore would read the missing chunks as zeros.
     base = {"driver": "ocdbt", "base": f"file://{tmp_path}/2/params/"}
     database = ts.KvStore.open(base).result()
     (chunk,) = [key for key in database.list().result() if not key.endswith(b".zarray")]

@@ -1,4 +1,4 @@
-"""Digests of arrays hang on every bit and its place, not on the mesh, and cost no memory."""
+"""Digests of arrays depend on every bit and its position, not on the mesh, and need no extra memory."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_digest_is_the_same_on_every_mesh_and_hangs_on_bits_and_order(dtype):
 def test_the_same_bit_flipped_in_two_elements_changes_the_digest():
     ones = np.ones((64, 64), np.float32)
     flipped = ones.copy()
-    flipped[3, 5] = flipped[40, 2] = -1  # a plain weighted sum modulo 2**32 loses two sign bits
+    flipped[3, 5] = flipped[40, 2] = -1  # a plain weighted sum modulo 2**32 would miss two flipped sign bits
     assert digest_of(jnp.asarray(ones)) != digest_of(jnp.asarray(flipped))
 
 

@@ -1,4 +1,4 @@
-"""Paths among the settings are of this machine, with their `~` expanded; the classes know the words they take."""
+"""Path settings are local, with `~` expanded, and the classes check their values."""
 
 import dataclasses
 import importlib
@@ -112,7 +112,7 @@ def test_a_web_server_is_no_mirror():
 
 
 def test_every_setting_that_is_named_like_a_path_is_checked():
-    """So that a new one is not forgotten."""
+    """Guards against forgetting a new one."""
     commands = [*convert.COMMANDS.values(), *patch.COMMANDS.values()]
     schemas = {schema for schema, _ in PATHS} | {command.schema for command in commands} | {ServeConfig}
     found = {
@@ -156,7 +156,7 @@ WRONG = {bool: "yes", int: 2.5, float: float("nan"), tuple[int, ...]: (0, 0.5)}
 
 
 def typed_fields():
-    """Every setting of every class that takes a few words only, true or false, or numbers; and a value that is none."""
+    """Yields every setting that is a boolean, a number or one of several words, with an invalid value for it."""
     made_of = (LookupConfig, ProductKeyConfig, TableSizes)
     for module in pkgutil.iter_modules(config_package.__path__, f"{config_package.__name__}."):
         for found in vars(importlib.import_module(module.name)).values():

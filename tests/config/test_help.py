@@ -1,4 +1,4 @@
-"""What --help says: every setting, its type, its default and what it is for."""
+"""--help lists every setting with its type, its default and its purpose."""
 
 import dataclasses
 import os

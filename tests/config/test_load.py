@@ -1,4 +1,4 @@
-"""The grammar of files and command lines. What is wrong with them is told in test_load_errors.py."""
+"""The grammar of config files and command lines; their errors are in test_load_errors.py."""
 
 import dataclasses
 import re
@@ -105,7 +105,7 @@ def test_a_file_extends_another_relative_to_itself(here):
 
 @pytest.mark.parametrize("name", ["wiki_text", "wiki_text.yaml"])
 def test_a_file_extends_a_preset_by_its_name(here, name):
-    Path("wiki_text").mkdir()  # the folder of its run
+    Path("wiki_text").mkdir()  # a run folder of that name must not hide the preset
     config = loaded(f"extends: {name}\ntrain: {{steps: 2e3}}\n")
     assert (config.data.source, config.train.steps) == ("jsonl", 2000)
 

@@ -1,4 +1,4 @@
-"""What a person sees when a config or a command line is wrong, word for word."""
+"""Error messages for wrong configs and command lines, word for word."""
 
 import dataclasses
 import subprocess
@@ -14,7 +14,7 @@ from memjax.config.load import RUN_FOLDER, load, parse
 from memjax.config.run import RunConfig
 from memjax.errors import ConfigError
 
-# kind -> (config.yaml, words after it, the one problem)
+# kind -> (config.yaml, arguments after it, the only problem)
 KINDS = {
     "unknown setting": (
         "optim:\n  wieght_decay: 0\n",
@@ -130,7 +130,7 @@ KINDS = {
     ),
 }
 
-# What is named in place of config.yaml -> the one problem.
+# The path given instead of config.yaml -> the only problem.
 FILES = {
     "confg.yaml": "command line: confg.yaml does not exist; did you mean 'config.yaml'?",
     "train.steps=4": "command line: train.steps=4 does not exist; for a setting write --train.steps=4",
@@ -139,7 +139,7 @@ FILES = {
     "utf_16.yaml": "command line: utf_16.yaml is not UTF-8 text",
 }
 
-# name -> (config.yaml, command line, problems); `base.yaml` lies beside it.
+# name -> (config.yaml, command line, problems), with `base.yaml` in the same folder.
 WRONG = {
     "a misspelt setting": (
         "model:\n  memory:\n    num_kyes: 32\n",
@@ -327,7 +327,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def refused(capsys, *words: str) -> list[str]:
-    """The lines that are printed, and nothing else happens."""
+    """Checks that the command line is refused with exit code 2, and returns the lines of the error."""
     with pytest.raises(SystemExit) as exit_:
         parse(RunConfig, words, prog="go", description="Goes.", flags={"dry_run": "Only print the sizes."})
     assert exit_.value.code == 2
@@ -408,7 +408,7 @@ def test_an_argument_that_is_no_path_is_not_called_missing(capsys):
     assert error[1].startswith(problem)
 
 
-# What was written (with 3 as the value) -> the setting that is meant.
+# Misspelt setting (given the value 3) -> the suggestion.
 TYPOS = {
     "optim.tabel.lr": "optim.table.lr",
     "optim.tables.optimizer": "optim.table.optimizer",
@@ -468,7 +468,7 @@ def test_thousands_of_unknown_settings_are_counted_in_seconds(here, capsys):
     assert len(lines) == 43
 
 
-# name -> (config.yaml, words after it, what the one problem begins with)
+# name -> (config.yaml, arguments after it, how the only problem begins)
 HOSTILE = {
     "lists in lists": (
         "run: {dir: " + "[" * 100 + "]" * 100 + "}",

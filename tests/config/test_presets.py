@@ -1,4 +1,4 @@
-"""Presets: found by name from any folder, and part of the wheel."""
+"""Presets are found by name from any folder and are part of the wheel."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Old names are refused by their new ones, but for what a run of an earlier version has written."""
+"""Old names are refused with a hint at the new one, except in files written by runs of earlier versions."""
 
 import dataclasses
 
@@ -87,6 +87,6 @@ def test_the_settings_of_an_older_run_are_read(tmp_path):
 def test_settings_of_today_stay_as_they_are():
     config = dataclasses.asdict(RunConfig())
     assert upgraded(config) == config
-    wrong = {"mesh": {"row_grad_reduce": ["factored"]}}  # the check of the settings says so
+    wrong = {"mesh": {"row_grad_reduce": ["factored"]}}  # reported later, by the check of the settings
     assert upgraded(wrong) == wrong
     assert upgraded({"model": {"memory": None, "expert_lookup": None}}) == {"model": {"memory": None, "peer": None}}

@@ -1,4 +1,4 @@
-"""Every preset loads and has the size it promises; the schema refuses impossible shapes; YAML keeps every config."""
+"""Presets load and have their stated sizes; impossible shapes are refused; configs survive a round trip as YAML."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from memjax.errors import ConfigError
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 PRESETS = {
-    # The totals of the paper, in millions of parameters; those of 720m and below follow from its formula.
+    # Totals from the paper, in millions of parameters; those of 720m and below follow from its formula.
     "134m_dense": 134.1,
     "134m_memory": 936.5,
     "134m_memory_plus_1m": 937.1,
@@ -44,7 +44,7 @@ PRESETS = {
     # Llama 3 8B has 8.03 billion parameters.
     "8b_dense": 8030.3,
     "8b_memory_plus_16m": 76523.3,
-    # Without routers, which the paper does not count, 983.5, 1827.2, 2797.4 and 3545.3.
+    # The paper does not count routers; without them these are 983.5, 1827.2, 2797.4 and 3545.3.
     "134m_moe": 983.6,
     "373m_moe": 1827.4,
     "720m_moe": 2797.6,
@@ -53,7 +53,7 @@ PRESETS = {
 
 
 def parameters(model: ModelConfig) -> int:
-    """Every parameter of an untied model, counted by hand."""
+    """Counts the parameters of an untied model by hand."""
     key_and_value = 2 * model.dim * model.kv_heads * (model.dim // model.num_heads)
     attention, norms = 2 * model.dim**2 + key_and_value, 2 * model.dim
     total = 2 * model.vocab_size * model.dim + model.dim + model.num_layers * (attention + norms)
@@ -175,7 +175,7 @@ def test_every_block_is_of_one_kind():
     assert [mixed.kind(layer) for layer in range(6)] == kinds
     assert mixed.layers_of("experts") == (0, 5)
     assert mixed.layers_of("dense") == (3,)
-    # Without a list, experts take what nobody else names; a memory beside a feed-forward layer names its block.
+    # Without a list, experts get every block that nothing else names; a parallel memory names its block, too.
     beside = ModelConfig(memory=MemoryConfig(layers=(1,), placement="parallel"), experts=ExpertsConfig())
     assert [beside.kind(layer) for layer in range(3)] == ["experts", "dense", "experts"]
     assert ModelConfig(memory=None).layers_of("dense") == (0, 1, 2)
@@ -259,7 +259,7 @@ REQUIRED: dict[type, dict] = {MixtureConfig: {"name": "a", "path": "b"}}
 
 
 def some_fields(section: type) -> st.SearchStrategy[dict]:
-    """Some fields of a section with values of the right type, sensible or not; sections within it as dictionaries."""
+    """Draws fields of a section with values of the right type, valid or not; nested sections are dictionaries."""
     hints = typing.get_type_hints(section)
     return st.fixed_dictionaries({}, optional={f.name: value_of(hints[f.name]) for f in dataclasses.fields(section)})
 
@@ -292,7 +292,7 @@ def value_of(annotation) -> st.SearchStrategy:
 
 
 def build(section: type, fields: dict) -> Any:
-    """A config with the fields that are allowed, and the defaults in place of the others."""
+    """Builds a config from the fields that are valid, with defaults for the others."""
     hints, kept = typing.get_type_hints(section), dict(REQUIRED.get(section, {}))
     for name, value in fields.items():
         if isinstance(value, dict):

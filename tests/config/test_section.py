@@ -1,4 +1,4 @@
-"""Sections check the types and the ranges that their fields name; settings are replaced by dotted names."""
+"""Sections check the types and ranges of their fields; settings are replaced by dotted name."""
 
 import dataclasses
 from typing import Any

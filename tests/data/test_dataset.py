@@ -1,4 +1,4 @@
-"""Mixtures: shares of tokens, what is held out, and the same batches after kill -9 at any number of workers."""
+"""Mixtures: token shares, held-out records, and the same batches after kill -9 with any number of workers."""
 
 import dataclasses
 import gzip
@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Three kinds of files: 60 short records of a, 20 long ones of p, 40 of t in two files; weights 1, 2 and 1."""
+    """Files of three kinds: 60 short records (a), 20 long ones (p) and 40 in two files (t), weighted 1, 2 and 1."""
     rows = [json.dumps({"text": f"a{i:02d}"}) for i in range(60)]
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     table = pyarrow.table({"text": [f"p{i:02d}" + "-" * (20 + i) for i in range(20)]})
@@ -67,7 +67,7 @@ def take(config, count):
 
 
 def texts_of(batches):
-    """The texts between begin and end tokens, of whole records only, in order of concat."""
+    """Decodes the whole records, delimited by begin tokens, of batches packed by `concat`."""
     tokens = np.concatenate([batch["tokens"].ravel() for batch in batches])
     begins = np.flatnonzero(tokens == 1)
     return [BYTES.decode(tokens[start:stop].tolist()) for start, stop in itertools.pairwise(begins)]
@@ -82,7 +82,7 @@ def test_every_token_knows_its_part(mixture, packing):
                 text = BYTES.decode(tokens[segments == segment].tolist())
                 (source,) = set(sources[segments == segment].tolist())
                 if text:
-                    # A row may begin inside a record, whose filling tells the part too.
+                    # A row may begin inside a record; its filler characters also identify the source.
                     assert source in {"a": [0], "p": [1], "-": [1], "t": [2], ".": [2]}.get(text[0], [0, 1, 2])
 
 
@@ -205,7 +205,7 @@ if __name__ == "__main__":
 
 
 def batches_until_killed(folder, config, places, count):
-    """(place before, digest) of batches at 0, 1 and 2 workers, made by a process of its own that is then killed."""
+    """Reads (place before, digest) of batches at 0, 1 and 2 workers from a separate process, then kills it."""
     fields = dataclasses.asdict(config)
     del fields["tokenizer"], fields["biographies"]
     (folder / "program.py").write_text(PROGRAM)
@@ -261,7 +261,7 @@ def test_a_run_opens_its_files_once_however_often_it_validates(tmp_path, monkeyp
         assert list(dataset.validation_batches(2))
     data.close()
     assert len(scanned) == 1
-    assert len(read) == 2  # to scan it, and to read it
+    assert len(read) == 2  # once to scan it, once to read it
 
 
 def test_a_packed_validation_file_goes_with_a_plain_training_file(tmp_path):

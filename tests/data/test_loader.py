@@ -33,7 +33,7 @@ kinds = pytest.mark.parametrize("packing", ["none", "concat", "first_fit"])
 
 @pytest.fixture
 def text_config(tmp_path):
-    """53 training records of lengths 1 to 40, each with a number of its own."""
+    """53 training records of up to 40 characters, each with a unique number."""
     path = tmp_path / "a.txt"
     path.write_text("\n".join(f"{i:03d}" + "x" * (i * 7 % 38) for i in range(54)))
     return DataConfig(
@@ -64,7 +64,7 @@ def assert_same(first, second):
 
 
 def texts_of(batches):
-    """The text of each record in batches of whole records."""
+    """Decodes each record of batches that hold whole records."""
     texts = []
     for batch in batches:
         for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
@@ -78,7 +78,7 @@ def is_same(first, second):
 
 @kinds
 def test_a_place_is_found_again_after_any_number_of_batches(text_config, packing, monkeypatch):
-    # Small blocks, so that places fall inside, between and at the ends of them.
+    # Small blocks, so that places fall inside, between and at the ends of blocks.
     monkeypatch.setattr("memjax.data.packing._BLOCK", 5)
     monkeypatch.setattr("memjax.data.packers._NUM_BINS", 6)
     config = dataclasses.replace(text_config, packing=packing)
@@ -93,7 +93,7 @@ def test_a_place_is_found_again_after_any_number_of_batches(text_config, packing
 
 
 def test_concat_is_found_again_where_a_record_ends_with_a_row(tmp_path):
-    # Every third record fills a row to its end, so that nothing is left over; JSON must not make a remainder of it.
+    # Every third record ends exactly with a row; the empty remainder must survive the round trip through JSON.
     path = tmp_path / "a.txt"
     path.write_text("\n".join(f"{i:03d}" for i in range(40)))
     config = DataConfig(source="text", path=str(path), batch_size=1, sequence_length=8, packing="concat")
@@ -276,7 +276,7 @@ def test_a_trained_tokenizer_keeps_names_and_values_whole():
         encoded = tokenizer.encode_batch(texts)
         assert [len(ids) for ids in encoded] == [len(text.split()) for text in texts]
     lengths = [batch["segments"].sum(axis=1).max() for batch in take(config, 5, tokenizer=tokenizer)]
-    assert max(lengths) <= 20  # far from the default sequence_length, so that no answer is cut off
+    assert max(lengths) <= 20  # well below the default sequence_length, so no answer is truncated
     assert tokenizer.fingerprint == train_tokenizer(config, 2048).fingerprint
     assert train_tokenizer(BIOGRAPHIES, 2048).fingerprint == BYTES.fingerprint
 
@@ -296,7 +296,7 @@ def lines_of(path, texts):
 
 @pytest.fixture
 def jsonl_config(tmp_path):
-    """200 records, of which none is held out."""
+    """200 records, none of them held out."""
     lines_of(tmp_path / "a.jsonl", (f"{i} fine" for i in range(200)))
     return DataConfig(
         source="jsonl",
@@ -362,7 +362,7 @@ def test_the_repairs_that_the_message_for_a_bad_line_names_can_be_resumed(jsonl_
     else:
         config = dataclasses.replace(config, malformed="skip")
     after = take(config, left, state=json.loads(json.dumps(before[-1][1])))
-    # All other records come where they would have come without the bad line.
+    # All other records keep the positions that they have without the bad line.
     for one, other in zip(after, good[len(before) :], strict=True):
         same = np.array([np.array_equal(a, b) for a, b in zip(one["tokens"], other["tokens"], strict=True)])
         assert all(same | (other["tokens"] == BYTES.encode("123 fine")[0]).any(axis=1))

@@ -1,4 +1,4 @@
-"""The order of records, beside that of Grain, which gives one number at a time."""
+"""The order of records equals Grain's, which yields one index at a time."""
 
 import grain
 import numpy as np
@@ -10,11 +10,11 @@ from memjax.data.sources.records import Segment
 from memjax.data.tokenize import TextReader
 from memjax.data.tokenizers.base import ByteTokenizer
 
-SEED = 2**32 - 2  # that of the third split begins again at 0
+SEED = 2**32 - 2  # the seed of the third split wraps around to 0
 
 
 def splits_of(weights):
-    """Splits of 20, 21, 22 records, of which the first two and the last one belong to none."""
+    """Splits of sources with 20, 21 and 22 records, without the first two records and the last."""
     readers = [TextReader(Listed([(Segment("a", True),)] * (20 + n)), ByteTokenizer()) for n in range(len(weights))]
     return [
         Split(reader=reader, start=2, stop=len(reader) - 1, weight=weight)

@@ -38,12 +38,12 @@ def pack(records, kind, document_mask=True):
 
 
 def endless(reader):
-    """All records in order, again and again."""
+    """Repeats all records in order, endlessly."""
     return Order([Split.of(reader)], seed=0, shuffle=False, repeat=True)
 
 
 def rows_of(batches):
-    """Per row of all batches: the list of its pieces, each a list of (token, target, counts); checks the frame."""
+    """Splits every row into its pieces, each a list of (token, target, counts), and checks the shapes of the arrays."""
     rows = []
     for batch in batches:
         assert set(batch) == {"tokens", "targets", "segments", "positions", "loss_mask"}
@@ -102,7 +102,7 @@ def test_concat_is_the_records_end_to_end(records):
     stream = [pair for record in records for pair in pairs_by_hand(record)]
     assert [pair for row in rows for piece in row for pair in piece] == stream
     assert all(sum(map(len, row)) == LENGTH for row in rows[:-1])
-    # A piece begins at a row's start or with a record.
+    # A piece begins at the start of a row or of a record.
     assert all(piece[0][0] == BOS for row in rows for piece in row[1:])
 
 
@@ -145,7 +145,7 @@ def test_only_pairs_whose_target_is_learned_count():
 
 
 class Cut(grain.experimental.FlatMapTransform):
-    """A block of records to pieces of at most `longest` pairs."""
+    """Cuts a block of records into pieces of at most `longest` pairs."""
 
     max_fan_out = 1
 
@@ -161,7 +161,7 @@ class Cut(grain.experimental.FlatMapTransform):
 
 
 def rows_of_grain(records, kind):
-    """The rows of records that come a thousand times, by Grain's own packers, one at a time."""
+    """Packs the records, repeated a thousand times, with Grain's own packers and yields the rows."""
     blocks = grain.MapDataset.range(len(records)).repeat(1000).batch(packing._BLOCK, batch_fn=list)
     blocks = blocks.map(lambda numbers: [pairs_by_hand(records[number]) for number in numbers])
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

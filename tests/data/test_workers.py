@@ -133,7 +133,7 @@ def test_workers_outlive_signals_to_their_group_but_not_their_parent(tmp_path, n
         assert len(workers) == 2
         if name == "SIGKILL":
             program.kill()
-        else:  # what a launcher sends to all processes of a job, and the program takes as a wish to save
+        else:  # sent by launchers to all processes of a job; the program treats it as a request to save
             for worker in workers:
                 os.kill(worker, signal.SIGTERM)
             print(file=program.stdin, flush=True)

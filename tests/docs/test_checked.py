@@ -1,4 +1,4 @@
-"""docs/checked.md shows the committed results of experiments/references, which need torch and are not run here."""
+"""docs/checked.md shows the committed results of experiments/references, which needs torch and is not run here."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ FOLDER = ROOT / "experiments" / "references"
 
 @pytest.fixture
 def script(monkeypatch):
-    """run.py as a module, with the folder that it puts on the path taken off again."""
+    """Imports run.py, and afterwards undoes its change of sys.path."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     spec = importlib.util.spec_from_file_location("references_run", FOLDER / "run.py")
     assert spec is not None

@@ -1,9 +1,9 @@
-"""Every block of code in the pages and in the README is executed, or says why it is not.
+"""Every code block of the pages and the README is executed, or says why it is not.
 
-Python blocks of a page share one namespace. Commands of memjax run in this process: `train` as far as its settings are
-checked, and for the dry run where its output is shown; what reads a run for real. A `console` block must print what it
-shows; `...` stands for anything. A block that cannot run has `<!-- not run: why -->` in front of it, and NOT_RUN counts
-it.
+Python blocks of a page share one namespace. Commands of memjax run in this process: `train` only checks its settings,
+or does a dry run where its output is shown; commands that read a run are executed. A `console` block must print what
+it shows, where `...` matches anything. A block that cannot run is preceded by `<!-- not run: why -->` and counted in
+NOT_RUN.
 """
 
 import collections
@@ -38,7 +38,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 WITH_RUN = [path for path in PAGES if "runs/quickstart" in path.read_text()]
-"""Pages that use the run of the quick start."""
+"""Pages that need the run of the quick start."""
 
 SLOW = [ROOT / "docs" / name for name in ("recipes.md", "upcycle.md", "your_model.md")]
 """Pages that take several seconds."""
@@ -59,10 +59,10 @@ NOT_RUN = {
     "upcycle.md": 1,
     "watching.md": 2,
 }
-"""How many blocks of a page are marked as not run."""
+"""The number of blocks of each page that are marked as not run."""
 
 DIRECTIVES = {"{toctree}", "{include}", "{literalinclude}", "{eval-rst}"}
-"""What looks like a block of code and is none."""
+"""Fences that are not code blocks."""
 
 RUN_SETTINGS = """
 --model.dim 16 --model.num_layers 1 --model.num_heads 2 --model.ffn_dim 16 --model.vocab_size 259
@@ -75,13 +75,13 @@ RUN_SETTINGS = """
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block of a page."""
+    """A fenced code block of a page."""
 
     language: str
     code: str
     line: int
     why_not: str | None
-    """Why it is not run; None for blocks that are."""
+    """Why it is not run; None if it is."""
 
 
 def blocks_of(text: str) -> list[Block]:
@@ -118,7 +118,7 @@ class Page:
         languages[block.language](block)
 
     def _python(self, block: Block) -> None:
-        # Empty lines in front give errors the line numbers of the page.
+        # Leading empty lines give errors the line numbers of the page.
         exec(compile("\n" * block.line + block.code, self.name, "exec"), self.namespace)
 
     def _bash(self, block: Block) -> None:
@@ -151,7 +151,7 @@ class Page:
 
 
 def commands_in(line: str) -> Iterator[list[str]]:
-    """The commands of a line, joined by `&&`, without settings of the environment in front."""
+    """Splits a line at `&&` into commands, and drops environment variables set in front of them."""
     words = shlex.split(line, comments=True)
     for is_joint, group in itertools.groupby(words, lambda word: word == "&&"):
         if not is_joint:
@@ -159,9 +159,9 @@ def commands_in(line: str) -> Iterator[list[str]]:
 
 
 def execute(command: list[str], *, shown: bool = False) -> tuple[int, str]:
-    """The exit code and what was printed; an AssertionError for a command that nobody knows.
+    """Returns the exit code and the output, and raises AssertionError for an unknown command.
 
-    What is not shown is not waited for: `train` then only checks its settings.
+    Where the output is not shown, `train` only checks its settings.
     """
     program, *arguments = command
     program = program.removeprefix(".venv/bin/")
@@ -214,7 +214,7 @@ def run_memjax(module: str, arguments: list[str], shown: bool) -> int:
             if not shown:
                 patch.setattr(training, "dry_run", lambda config, **_: 0)
             return train.main(arguments)
-    # Whatever else there is must at least have the options that are shown.
+    # Any other command must at least have the options that are shown.
     helped = io.StringIO()
     conversion = arguments[:1] if module in ("memjax.convert", "memjax.patch") else []
     with contextlib.redirect_stdout(helped), contextlib.suppress(SystemExit):
@@ -226,19 +226,19 @@ def run_memjax(module: str, arguments: list[str], shown: bool) -> int:
 
 
 def make_run(folder: pathlib.Path) -> None:
-    """A finished run of a few steps, on text, which is quicker than on biographies."""
+    """Trains a few steps to the end, on text, which is quicker than biographies."""
     corpus = folder.with_name("corpus.txt")
     corpus.parent.mkdir()
     corpus.write_text("\n".join(f"line {number} of a small corpus" for number in range(50)))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(training, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        patch.setattr(finish, "plot_run", lambda *_: [])  # no page looks at the plots
+        patch.setattr(finish, "plot_run", lambda *_: [])  # no page uses the plots
         assert train.main([*RUN_SETTINGS.split(), "--data.path", str(corpus), "--run.dir", str(folder)]) == 0
 
 
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
-    """What pages register is forgotten after them."""
+    """Removes what the pages have registered."""
     registries: list[dict] = [SOURCES, KINDS, formats._FORMATS]
     before = [dict(registry) for registry in registries]
     yield
@@ -249,7 +249,7 @@ def _registries() -> Iterator[None]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> pathlib.Path:
-    """A folder with what the pages take for granted: the configs and a corpus."""
+    """A working folder with what the pages assume: the configs and a corpus."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "articles.jsonl").write_text("".join(json.dumps({"text": f"article {i}"}) + "\n" for i in range(9)))
     monkeypatch.chdir(tmp_path)
@@ -273,7 +273,7 @@ def test_every_block_runs(path):
     execute_page(path)
 
 
-# One test, so that one worker makes the run, and makes it once.
+# A single test, so that only one worker trains the run.
 @pytest.mark.slow
 def test_every_block_of_the_pages_that_use_a_run_runs(workplace):
     make_run(workplace / "runs" / "quickstart")

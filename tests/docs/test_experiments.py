@@ -1,4 +1,4 @@
-"""The figures in the experiments' READMEs are those of their committed results."""
+"""The figures in the experiments' READMEs match their committed results."""
 
 import collections
 import importlib.util
@@ -55,7 +55,7 @@ def test_the_headline_table_is_the_mean_over_the_seeds_of_the_results(folder, me
 
 
 def experiment(folder, monkeypatch):
-    """The experiment's run.py as a module."""
+    """Imports the experiment's run.py."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     spec = importlib.util.spec_from_file_location(folder.name, folder / "run.py")
     assert spec is not None

@@ -1,4 +1,4 @@
-"""What the page on extending puts into the package works there: the files of an operation, the line of a metric."""
+"""The additions that the page on extending describes work: the files of an operation, the line of a metric."""
 
 import functools
 import importlib
@@ -23,7 +23,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/extending.md").read
 
 @pytest.fixture
 def operation(tmp_path, monkeypatch):
-    """The page's operation in a folder that memjax.ops has, too."""
+    """Writes the page's operation to a folder that is added to the path of memjax.ops."""
     files = {match[1]: block for block in BLOCKS if (match := re.match(r"# (squared_norms/\w+\.py)\n", block))}
     (tmp_path / "squared_norms").mkdir()
     (tmp_path / "squared_norms" / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""The README's figures of speed are those of the committed results."""
+"""The README's speed figures match the committed results."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""The notebooks run, and what they show is the output of a run."""
+"""The notebooks run, and their committed output comes from a run."""
 
 import ast
 import json
@@ -35,13 +35,13 @@ def test_there_are_three_notebooks_and_the_site_shows_them():
 def test_every_cell_runs_and_prints_where_output_is_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    # In this order, so that the model that the last one teaches is the one that the first has trained.
+    # In this order, as the last notebook teaches the model that the first one has trained.
     for name in ("train_and_look", "own_model", "teach_and_take_back"):
         namespace: dict[str, Any] = {"__name__": "__main__"}
         path = NOTEBOOKS[0].with_name(f"{name}.ipynb")
         for number, cell in enumerate(code_cells(path), 1):
             source = "".join(cell["source"])
-            ast.parse(source)  # no magic of IPython: every cell is Python
+            ast.parse(source)  # every cell is plain Python, without IPython magics
             capsys.readouterr()
             exec(compile(source, f"{name}[{number}]", "exec"), namespace)
             shown = [output for output in cell["outputs"] if output["output_type"] == "stream"]

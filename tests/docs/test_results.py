@@ -1,4 +1,4 @@
-"""The charts and shown outputs of the site are those of the committed results."""
+"""The site's charts and sample outputs match the committed results."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ def results(monkeypatch):
 
 
 def words(picture: str) -> list[str]:
-    """All words of a picture, in order."""
+    """Lists the text elements of a picture, in order."""
     return [
         element.text or ""
         for element in xml.etree.ElementTree.fromstring(picture).iter()

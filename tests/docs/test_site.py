@@ -1,4 +1,4 @@
-"""What the pages say of settings, commands, names and each other is so. The site itself is built by .ci/run."""
+"""The pages' references to settings, commands, names and each other are right. The site is built by .ci/run."""
 
 import ast
 import dataclasses
@@ -19,14 +19,14 @@ from memjax.config.run import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 SECTIONS = ("run", "model", "memory", "data", "optim", "devices", "training", "log")
-"""Modules of memjax/config that hold settings of a run."""
+"""Modules of memjax/config that hold the settings of a run."""
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
 
 @pytest.fixture
 def generated(monkeypatch):
-    """The module that makes parts of the pages from the code."""
+    """The module that generates parts of the pages from the code."""
     monkeypatch.syspath_prepend(str(DOCS))
     return importlib.import_module("generated")
 
@@ -38,7 +38,7 @@ def figure(monkeypatch):
 
 
 def settings(section: type, prefix: str = "") -> dict[str, typing.Any]:
-    """Every setting, with its default: sections only where they may be null, and what the items of a list hold."""
+    """Every setting with its default, including optional sections themselves and the fields of list items."""
     found, hints = {}, typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         hint = hints[field.name]
@@ -63,9 +63,9 @@ def test_every_setting_is_in_the_reference_with_its_docstring(generated):
     names = settings(RunConfig)
     assert len(names) > 60
     assert set(re.findall(r"```{confval} (\S+)\n", reference)) == set(names)
-    # In the config's source: what stands alone below a field of a class; sections are shown by the text of their class.
+    # In the source, a bare string below a field documents it; sections are documented by their class docstring.
     sources = [(ROOT / f"memjax/config/{name}.py").read_text() for name in SECTIONS]
-    # Sampling is no part of a run; schedules and lookups share fields, of which some say another thing.
+    # Sampling is not part of a run; schedules and lookups share fields whose docstrings are partly overridden.
     others = ("ScheduleConfig", "LookupConfig", "ProductKeyConfig", "TableSizes", "SamplingConfig", "RunConfig")
     for node in itertools.chain(*(ast.parse(source).body for source in sources)):
         if isinstance(node, ast.ClassDef) and node.name not in others:
@@ -144,7 +144,7 @@ def test_names_in_links_to_code_are_there(path):
 
 
 def defined(body: list[ast.stmt], prefix: str = "") -> set[str]:
-    """Functions, classes, their members, and what is assigned, by dotted names."""
+    """Collects functions, classes, their members and assigned names, as dotted names."""
     found = set()
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -156,7 +156,7 @@ def defined(body: list[ast.stmt], prefix: str = "") -> set[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """What can stand behind # in a link: headings in small letters, with dashes, and named places."""
+    """Collects the valid link anchors: slugs of headings, and explicit labels."""
     without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
     slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

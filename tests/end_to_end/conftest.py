@@ -1,4 +1,4 @@
-"""Reads the arrays of a run's checkpoint."""
+"""Reads the arrays of a run's checkpoints."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A run with experts, as a user makes it: trained, taken up again, read, and exported."""
+"""A run with experts, as a user makes it: trained, resumed, used for generation, and exported."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def test_a_run_with_experts_learns_resumes_exactly_and_writes_text(tmp_path, mon
     model, tokenizer = memjax.load(folder)
     prompt = [tokenizer.bos_id, *tokenizer.encode("line")]
     text = list(generate(model, prompt, max_tokens=3))
-    # Without the cache, and with all tokens at once.
+    # The reference: no cache, all tokens at once.
     logits = np.asarray(nnx.jit(Decoder.__call__)(model, jnp.asarray([prompt + text])))[0]
     assert text == list(logits[len(prompt) - 1 : -1].argmax(axis=-1))
     to_hf(folder, tmp_path / "hf")

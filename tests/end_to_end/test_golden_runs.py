@@ -1,7 +1,7 @@
-"""Runs that an older version left half-way are loaded and resumed as that version would have done it.
+"""Runs that an older version left unfinished are loaded and resumed with that version's numbers.
 
-The archives are made by tests/fixtures/make_runs.py. Processors and code generators of XLA add up in different orders,
-hence the tolerance.
+The archives are made by tests/fixtures/make_runs.py. The tolerance is needed as the order of XLA's summations depends
+on the processor and the code generator.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A run that is killed and stopped again and again ends as the run that never was."""
+"""A run that is killed and stopped repeatedly ends like one that was never interrupted."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from memjax.config.run import RunConfig
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 40
 
-# Two devices that split bfloat16 tables: rounding at random must go on where it stopped, too.
+# Two devices that split bfloat16 tables, so that stochastic rounding must resume where it stopped, too.
 SETTINGS = """
 model: {dim: 128, num_layers: 3, num_heads: 2, ffn_dim: 24, vocab_size: 259,
         peer: {layers: [2], num_keys: 16, num_heads: 2, top_k: 4, key_dim: 8, table_dtype: bfloat16}}
@@ -48,7 +48,7 @@ class Runs:
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "2",
-            # Every process compiles the same programs; the numbers are those of the programs, wherever they come from.
+            # Every process compiles the same programs; reading them from the cache does not change the numbers.
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(ROOT),
@@ -72,7 +72,7 @@ class Runs:
         return process.returncode, output
 
     def stop(self, name: str, number: signal.Signals, *, at: str) -> tuple[int, str]:
-        """Sends a signal after the first line that begins so, behind the time in front of it."""
+        """Sends a signal after the first output line that begins with `at` (after its time stamp)."""
         with self.start(name) as process:
             assert process.stdout is not None
             output, sent = "", False
@@ -91,7 +91,7 @@ class Runs:
         return Checkpoints(self.folder / name / "checkpoints")
 
     def kill(self, name: str, after: int) -> None:
-        """kill -9 once a step later than `after` is in the metrics and the checkpoint of `after` is written."""
+        """Sends kill -9 once step `after` is saved and a later step is in the metrics."""
         process = self.start(name)
         metrics = self.folder / name / "metrics.jsonl"
         while process.poll() is None:
@@ -124,7 +124,7 @@ def test_kills_and_signals_leave_no_trace(arrays_of, tmp_path):
     assert saved in (20, 30)
     assert len(runs.rows("broken")) > 20
 
-    # Before the first step nothing is lost, so nothing is waited for.
+    # Before the first step there is nothing to lose, so the run ends at once.
     code, output = runs.stop("broken", signal.SIGHUP, at="resumed from")
     assert code == 75, output
     assert "SIGHUP: the same command resumes from the latest checkpoint" in output

@@ -1,4 +1,4 @@
-"""The four commands of docs/knowledge.md on a small model: facts are learned, applied, shown and taken back."""
+"""The four commands of docs/knowledge.md on a small model: facts are learned, applied, inspected and reverted."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ LEARN = "--background_texts 200 --replay 32 --held_out_questions 72 --epochs 40"
 
 
 def facts_about(count: int) -> list[dict]:
-    """New people, in all the wordings of the training."""
+    """Facts about new people, in all the wordings used in training."""
     known = {person.name for person in biographies.people(BiographiesConfig())}
     people = [person for person in biographies.people(BiographiesConfig(seed=77)) if person.name not in known]
     facts = []
@@ -44,7 +44,7 @@ def table_of(run: pathlib.Path) -> np.ndarray:
 
 
 def measured(printed: str) -> dict[str, tuple[float, float]]:
-    """What `learn` prints before and after, in percent."""
+    """Parses the percentages before and after that `learn` prints."""
     rows = re.findall(r"^(.*) \(\d+\) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
     return {name: (float(before), float(after)) for name, before, after in rows}
 

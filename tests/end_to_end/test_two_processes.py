@@ -1,4 +1,4 @@
-"""Two processes that lose each other, and are stopped, end where one process that drives both devices ends."""
+"""Two processes, interrupted by a lost peer and by a signal, end like one process that drives both devices."""
 
 import json
 import os
@@ -37,7 +37,7 @@ MEMORY = """
 
 
 class Runs:
-    """Starts the train command, all runs with the same settings but their processes and steps."""
+    """Starts the train command; all runs share their settings, except for processes and steps."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -72,7 +72,7 @@ class Runs:
         return [self.start(name, *where, *settings, "--processes.index", str(index), devices=1) for index in range(2)]
 
     def rows(self, name: str) -> dict[int, dict]:
-        """The metrics by step, without those that tell the time."""
+        """The metrics by step, without timings."""
         file = self.folder / name / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -87,7 +87,7 @@ class Runs:
 
 @pytest.fixture
 def runs(tmp_path):
-    """What a failed test has started does not go on without it."""
+    """Starts runs, and kills what is left of them after the test."""
     runs = Runs(tmp_path)
     yield runs
     for process in runs.started:
@@ -136,7 +136,7 @@ def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(arrays_of, r
     assert code == [0], output
     one, two = runs.rows("one"), runs.rows("two")
     assert list(two) == list(range(1, step + 1))
-    # Both validate every four steps; the last step of a run does it besides, and reports the use of the slots.
+    # Both validate every four steps; the last step of a run also validates, and reports slot usage.
     extra = lambda row: {
         name: value for name, value in row.items() if not name.startswith(("eval/", "memory/", "slots/"))
     }
@@ -155,7 +155,7 @@ def test_a_kill_and_a_signal_to_one_of_two_processes_leave_no_trace(arrays_of, r
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_share_a_tensor_axis(runs):
-    # Two memory layers: reductions of their own, in the loops over picks, once met those of dense blocks out of order.
+    # Two memory layers: the reductions in their loops over picks were once out of order with those of dense blocks.
     blocks = ["--model.num_layers", "2", "--model.memory.layers", "0,1", "--model.vocab_size", "260"]
     settings = [*blocks, "--mesh.memory", "1", "--mesh.tensor", "2", "--train.steps", "6"]
     codes, outputs = ends(runs.start_two("two", *settings))

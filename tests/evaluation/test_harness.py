@@ -1,4 +1,4 @@
-"""lm-eval's tasks give what whole forward passes and greedy decoding without a cache give."""
+"""lm-eval's tasks give the results of whole forward passes and of greedy decoding without a cache."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from memjax.evaluation.recall import zero_tables
 from memjax.inference.scoring import Score
 from memjax.training.evaluation_hooks import Questions
 
-# lm-eval and what it imports warn of their own affairs.
+# lm-eval and its dependencies emit warnings of their own.
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENIZER = ByteTokenizer()
 
@@ -144,7 +144,7 @@ def test_the_zeroed_tables_the_shots_and_the_limit(harness, found, tmp_path, mon
     assert set(measured["zeroed"]) == {"choose"}
     assert "tables zeroed" in harness.format_task_report(measured)
     assert len(requests) == 5
-    # One solved document stands in front.
+    # One solved document precedes each.
     assert all(TOKENIZER.decode([*one.context, *one.continuation]).count("\n\n") == 1 for one in requests)
 
 
@@ -188,7 +188,7 @@ def test_training_refuses_what_cannot_be_done_before_its_first_step(harness, tmp
 
 
 def test_errors_of_a_tasks_own_code_are_said(harness, found, tmp_path):
-    rows = [{"q": {"text": "a"}}, {"q": None}]  # lm-eval tries the first one as it loads the task
+    rows = [{"q": {"text": "a"}}, {"q": None}]  # lm-eval tries out the first document when it loads the task
     rule = {"doc_to_text": "{{q.text.strip()}}", "doc_to_target": "a", "output_type": "generate_until"}
     write_task(tmp_path, "broken", rows, **rule, metric_list=[metric("exact_match")])
     with pytest.raises(DataError, match=r"tasks=broken: cannot be measured \(UndefinedError: .*correct the template"):
@@ -263,12 +263,12 @@ GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=1.0)
             ("\n\n",),
             SamplingConfig(temperature=0.5, top_k=3),
         ),
-        # Without do_sample a temperature draws; with do_sample false it does not.
+        # A temperature alone means sampling; with do_sample false it does not.
         ({"temperature": 3.0, "max_gen_toks": 7, "until": None}, 7, (), SamplingConfig(temperature=3.0)),
         ({"temperature": 3.0, "do_sample": False}, 256, (), GREEDY),
         ({}, 256, (), GREEDY),
         ({"do_sample": True}, 256, (), DRAWN),
-        # Zeros are values.
+        # Zeros are values, not missing.
         ({"do_sample": True, "temperature": 0.0}, 256, (), GREEDY),
         ({"do_sample": True, "temperature": 0, "top_p": 0.5, "top_k": 4}, 256, (), SamplingConfig(top_p=0.5, top_k=4)),
         ({"max_gen_toks": 0}, 0, (), GREEDY),
@@ -276,7 +276,7 @@ GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=1.0)
         ({"do_sample": True, "top_k": 0}, 256, (), DRAWN),
         ({"do_sample": True, "top_k": -1}, 256, (), DRAWN),
         ({"do_sample": True, "top_p": 0}, 256, (), GREEDY),
-        # lm-eval's other names, and null.
+        # lm-eval's synonyms, and null.
         ({"max_new_tokens": 9, "until": ["a", "b"]}, 9, ("a", "b"), GREEDY),
         ({"max_tokens": 9, "max_gen_toks": 5}, 5, (), GREEDY),
         ({"max_completion_tokens": 3, "temperature": None, "top_p": None, "do_sample": None}, 3, (), GREEDY),

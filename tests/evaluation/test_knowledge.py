@@ -1,4 +1,4 @@
-"""Bits known are those that a loop over every token counts, divided by parameters that are counted by hand."""
+"""Known bits equal those of a loop over all tokens, divided by parameters counted by hand."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ from memjax.models.parts import split_decoder
 # 28 days, 12 months, 60 years; cities, universities, majors, employers.
 CHOICES = {"birth_date": 20160, "birth_city": 100, "university": 100, "major": 50, "employer": 100}
 VOCAB = 300
-"""41 more than bytes and special tokens."""
+"""41 more than the bytes and special tokens."""
 
 
 @functools.cache
@@ -45,7 +45,7 @@ forward = nnx.jit(lambda model, tokens: model(tokens))
 
 
 def nats(model: Decoder, prompt: str, value: str) -> float:
-    """What the model needs to write the value after the prompt, token by token; 1 begins a text."""
+    """Sums the loss in nats of the value's tokens after the prompt; texts begin with token 1."""
     tokenizer = ByteTokenizer()
     before, wanted = [1, *tokenizer.encode(prompt)], tokenizer.encode(value)
     ids = before + wanted
@@ -59,7 +59,7 @@ def nats(model: Decoder, prompt: str, value: str) -> float:
 
 @pytest.mark.parametrize(("form", "end"), [("fact", ""), ("biography", ".")])
 def test_bits_are_those_of_a_loop_over_all_tokens(monkeypatch, form, end):
-    # All wordings instead of some, so that none has to be guessed.
+    # Every wording instead of a sample of them, so that the result is exact.
     monkeypatch.setattr(knowledge, "_RENDERINGS", 5)
     biographies = BiographiesConfig(num_people=3, form=form)
     report = knowledge_report(tiny(), ByteTokenizer(), DataConfig(biographies=biographies), batch_size=32)
@@ -81,7 +81,7 @@ def test_bits_are_those_of_a_loop_over_all_tokens(monkeypatch, form, end):
 
 
 def without_a_model(monkeypatch, bits_per_value: float) -> None:
-    """Every value costs so many bits, whatever the model."""
+    """Replaces the model's losses by a fixed number of bits for every value."""
     cost = bits_per_value * math.log(2)
     monkeypatch.setattr(knowledge, "_losses", lambda model, tokenizer, statements, *_: [cost] * len(statements))
 
@@ -93,7 +93,7 @@ def test_a_model_that_is_never_surprised_knows_all_there_is(monkeypatch):
     _, params, tables = split_decoder(tiny())
     arrays = [int(leaf.size) for leaf in jax.tree.leaves(params)]
     rows = sum(leaf.size for leaf in jax.tree.leaves(tables))
-    # 41 rows of the embedding and of the output matrix belong to no token.
+    # 41 rows of the embedding and of the output matrix have no token.
     assert report["parameters"] == sum(arrays) + rows - 41 * 16 * 2
     assert report["table_parameters"] == rows == 64 * 16
     assert report["bits"] == pytest.approx(report["bits_to_know"]) == pytest.approx(10 * 39.87445, abs=1e-2)

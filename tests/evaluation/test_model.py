@@ -1,4 +1,4 @@
-"""A model that is asked: what is left of prompts that are too long."""
+"""How prompts that are too long are truncated."""
 
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
@@ -19,7 +19,7 @@ def test_prompts_keep_at_least_half_of_what_the_model_sees(drawn_model, monkeypa
     for max_tokens in (8, 400):
         found = model.write(prompts, max_tokens=max_tokens, stop=(), sampling=SamplingConfig(), show=shares.append)
         assert [text for text, _ in found] == [prompt.upper() for prompt in prompts]
-        # The begin token is a token, too.
+        # The begin token counts, too.
         assert [is_cut for _, is_cut in found] == [False, True, False]
     assert rooms == [24, 16]
     assert shares == [1 / 3, 2 / 3, 1] * 2

@@ -1,4 +1,4 @@
-"""Scores of text equal a NumPy loop over log-softmaxes, and count every token once."""
+"""Scores of texts equal a NumPy loop over log-softmaxes and count every token once."""
 
 import functools
 import math
@@ -51,7 +51,7 @@ def log_softmax(logits) -> np.ndarray:
 
 
 def by_hand(model: Decoder, texts: list[str], stride: int) -> float:
-    """Nats of all tokens: each is predicted in the first window that reaches it."""
+    """Sums the nats of all tokens, each predicted in the first window that reaches it."""
     nats = 0.0
     for text in texts:
         ids = [1, *(byte + 3 for byte in text.encode())]

@@ -1,4 +1,4 @@
-"""Recall is what greedy generation would answer, and stands beside what guessing reaches."""
+"""Recall equals that of greedy generation, and is reported beside that of guessing."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ NOBODY = Person(name="", birth_date="", birth_city="", university="", major="", 
 
 
 class Letters(Tokenizer):
-    """29 letters, all of which an untrained model writes readily; its end is whichever token the test makes it."""
+    """29 letters, all of them likely from an untrained model; the test chooses which token ends texts."""
 
     kind = "letters"
 
@@ -74,11 +74,11 @@ def test_recall_is_what_greedy_generation_answers():
     written = [write(prompt, 7) for prompt in prompts]
 
     def answer(tokens: list[int], end: int) -> list[int]:
-        """What comes before the end of text; nothing where it never comes or is no text."""
+        """The tokens before the end of text; none if it does not occur or special tokens precede it."""
         before = tokens[: tokens.index(end)] if end in tokens else []
         return before if min(before, default=0) > 2 else []
 
-    # The end of text is the token that ends the most greedy answers.
+    # Choose as end of text the token that ends most greedy answers.
     tokenizer = Letters(max(range(3, 32), key=lambda end: sum(bool(answer(tokens, end)) for tokens in written)))
     questions = []
     for number, (prompt, tokens) in enumerate(zip(prompts, written, strict=True)):

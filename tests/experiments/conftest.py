@@ -1,4 +1,4 @@
-"""Makes the experiments' shared code, which is not part of the package, importable as in run.py."""
+"""Makes the experiments' shared code importable, as run.py does; it is not part of the package."""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""005: what is learned is never what is asked, baselines begin at the base, and the choice follows the protocol."""
+"""005: training and test questions differ, baselines start at the base model, and settings are chosen by protocol."""
 
 import importlib.util
 import json
@@ -64,7 +64,7 @@ def experiment():
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
+    sys.modules[spec.name] = module  # dataclasses look up the types of their fields here
     spec.loader.exec_module(module)
     return module
 

@@ -1,4 +1,4 @@
-"""Real facts become token arrays: what is left out, what is kept from the training, and which answers count."""
+"""Real facts as token arrays: which are left out or held out from training, and which answers count."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_the_question_comes_first_then_the_statements_each_with_the_first_answer
         "The seat of government of Peru is Lima",
         "Peru has its capital in Lima",
     ]
-    # One relation is among those left out, and one fact is too long.
+    # The others are in a relation that is left out, or too long.
     assert set(told) == {f"{question} {answers[0]}" for _, _, question, answers in QUESTIONS[:5]}
 
 
@@ -93,7 +93,7 @@ def test_an_answer_counts_as_for_squad_and_any_accepted_one_does(found):
 
 
 def test_information_is_counted_among_the_answers_of_a_relation(found):
-    # Two answers each for P19 and P36, one for P50.
+    # P19 and P36 have two answers each, P50 has one.
     expected = {"P19": 1.0, "P36": 1.0, "P50": 0.0}
     names = [found.rows.group_names[group] for group in found.rows.groups]
     assert found.rows.bits.tolist() == [expected[name] for name in names]

@@ -1,4 +1,4 @@
-"""What models know of their knowing: signals and their figures against slow definitions."""
+"""006: whether models know what they know; signals and statistics are compared with naive definitions."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""004: what its questions, its training and its tables say is what a reader would find by hand."""
+"""004: its questions, training and tables agree with calculations by hand."""
 
 import collections
 import dataclasses
@@ -163,7 +163,7 @@ def result(family, seed, loss, flops, **more):
 
 
 def test_the_dense_equivalent_is_read_off_the_line_through_the_dense_models(tmp_path):
-    # One bit less for each doubling: 0.5 below x1 is the dense model of the square root of two.
+    # The loss falls by 1 with each doubling, so 0.5 below x1 equals a dense model larger by the square root of two.
     rows = [result("dense_x1", seed, 4 + noise, 1e6) for seed, noise in enumerate((-0.01, 0.0, 0.01))]
     rows += [result("dense_x2", 0, 3.0, 2e6), result("134m_dense", 0, 2.0, 4e6), result("memory_plus", 0, 3.5, 1e6)]
     families = {name: [row for row in rows if row["family"] == name] for name in ("dense_x1", "dense_x2", "134m_dense")}
@@ -261,7 +261,7 @@ def test_the_small_size_runs_from_its_task_alone(run, tmp_path):
     corpus.build(tmp_path, tmp_path / "work")
     runs = run.runs_of("full", run.SIZES["small"], {}, str(tmp_path), str(tmp_path / "work"))
     assert [one.family for one in runs] == ["dense_x1", "memory_plus"]
-    # What is measured is tested above, and takes longer to compile than the step.
+    # The measurements are tested above, and take longer to compile than the step.
     task = dataclasses.asdict(dataclasses.replace(runs[1], measures="loss")) | {"name": "a", "deadline": None}
     row = {**runs[1].row(), **worker.run(json.loads(json.dumps(task)))}
     assert run.describe(row).startswith("loss ")

@@ -1,4 +1,4 @@
-"""Facts as token arrays are the library's own sentences, and the order shows each as often as it says."""
+"""Facts as token arrays equal the library's sentences, and the order shows each as often as stated."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_a_row_is_the_begin_token_the_librarys_sentence_and_the_end_with_one_tok
 
 
 def test_a_persons_information_is_that_of_the_values_drawn(rows):
-    # 28 days x 12 months x 60 years, 100 cities, 100 universities, 50 majors, 100 employers; the work city follows.
+    # 28 days x 12 months x 60 years, 100 cities, 100 universities, 50 majors, 100 employers (which fix the work city).
     assert rows.bits.reshape(30, 6)[0].sum() == pytest.approx(np.log2(28 * 12 * 60 * 100 * 100 * 50 * 100), abs=1e-9)
 
 

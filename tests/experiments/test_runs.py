@@ -1,4 +1,4 @@
-"""Many runs at once: what fails is told and stops nothing, what is done is not run again, the time is kept."""
+"""Many runs at once: failures are reported and stop no others, results are reused, deadlines are kept."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import time
 import pytest
 from factlab import command, runs
 
-# Answers like a worker: fails or dies where the family's name says so, and else returns what a table needs.
+# Responds like a worker: fails or dies if the family's name says so, and otherwise returns what a table needs.
 WORKER = """
 import json, sys, time
 for line in sys.stdin:
@@ -25,7 +25,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def started(monkeypatch):
-    """The variables that were given to each process."""
+    """The environment of each process that was started."""
     environments = []
 
     def start(environment, module):
@@ -83,7 +83,7 @@ def test_nothing_is_started_that_would_end_after_the_deadline(pool, tmp_path):
 
 
 def test_guesses_are_corrected_by_what_other_runs_took(started, tmp_path):
-    # The first takes at least fifty times its guess, so the second would end after an hour.
+    # The first run takes at least fifty times its estimate, so the second is expected to end after the deadline.
     quick, other = a_run("a", seconds=1e-3), a_run("b", 1, seconds=72.0)
     pool = runs.Pool(tmp_path / "out.json", {}, jobs=1, deadline=time.time() + 3600, keeps_order=True)
     assert pool.run([quick, other]) == [other.name]

@@ -1,4 +1,4 @@
-"""The experiments' training is the library's: its step, its schedule, its greedy answers."""
+"""The experiments train with the library's step and schedule, and check its greedy answers."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_a_run_is_the_librarys_step_at_the_librarys_schedule_and_its_answers_are
     assert result["steps"] == 50
     assert result["recall"] == pytest.approx(np.mean(right), abs=2 / 48)  # near ties may fall either way
     assert result["stored_bits"] == pytest.approx(rows.bits.sum() - nats / np.log(2), rel=1e-2)
-    untrained = 8 * (5 * 2 + 4) * np.log(259)  # five answers of a word and a date, each with its end
+    untrained = 8 * (5 * 2 + 4) * np.log(259)  # five one-word answers and a date, each with its end token
     assert nats < 0.6 * untrained
 
 

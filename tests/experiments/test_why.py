@@ -1,4 +1,4 @@
-"""The tables of 001's stage `why` are differences of the means of its runs."""
+"""The tables of 001's stage `why` show differences of means over its runs."""
 
 import importlib.util
 import pathlib

@@ -1,4 +1,4 @@
-"""A disk that fills up, for any user."""
+"""Simulates a full disk, for any user."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """Files cannot grow beyond a size; writing more is an error of the system, as on a full disk."""
+    """Limits the size of files; writing more is an OSError, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:

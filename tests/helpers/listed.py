@@ -1,4 +1,4 @@
-"""Records in memory, and the training pairs that they must become."""
+"""Records in memory, and the training pairs expected of them."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ BOS, EOS = 1, 2
 
 
 class Listed(Records):
-    """Records of a list."""
+    """Records from a list."""
 
     def __init__(self, records: Sequence[Record]):
         self.records = records
@@ -22,7 +22,7 @@ class Listed(Records):
 
 
 def pairs_by_hand(record: Record) -> list[tuple[int, int, float]]:
-    """(token, target, counts) for each place of a record but its last, in bytes."""
+    """Lists (token, target, counts) for each position of a record but the last; tokens are bytes."""
     tokens, counts = [BOS], [False]
     for text, learned in record:
         for letter in text:

@@ -1,4 +1,4 @@
-"""Generation with the cache writes what the plain forward pass would write."""
+"""Generation with the cache gives the tokens of the plain forward pass."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def prompt(length: int) -> list[int]:
 
 
 def by_hand(model: Decoder, tokens: list[int], count: int) -> list[int]:
-    """The likeliest token of the whole text so far, again and again."""
+    """Greedy decoding without a cache."""
     text = list(tokens)
     for _ in range(count):
         padded = np.zeros((1, LONGEST), np.int32)
@@ -100,7 +100,7 @@ def side_by_side(
     first: int = 0,
     **settings: Any,
 ) -> list[list[int]]:
-    """The texts after prompts that an engine writes at once; prompts are numbered from `first`."""
+    """Decodes all prompts in one engine; they are numbered from `first`."""
     running = Engine(model, num_slots=slots or len(prompts), prefill_rows=slots or len(prompts))
     requests = [
         Request(prompt_ids=ids, max_tokens=max_tokens, number=number, **settings)
@@ -150,7 +150,7 @@ def test_equal_prompts_of_other_numbers_are_drawn_anew():
 
 
 def drawn_by_hand(model: Decoder, tokens: list[int], count: int, sampling: SamplingConfig, number: int) -> list[int]:
-    """Tokens drawn from whole forward passes: what is kept is found by sorting, draws are keyed as documented."""
+    """Samples from whole forward passes: candidates are found by sorting, draws use the documented keys."""
     text = list(tokens)
     for step in range(count):
         padded = np.zeros((1, LONGEST), np.int32)
@@ -268,7 +268,7 @@ def test_long_prompts_are_read_in_groups(monkeypatch):
     assert [fresh.state.cache.blocks[0].keys.shape[::2] for fresh in read] == [(1, 16), (1, 32), (1, 16), (1, 32)]
     made = writer.step(11)
     assert [made[slot].tokens for slot in slots] == [alone(model, one) for one in requests]
-    # Rows are padded only as far as the same bound allows.
+    # Batches are padded with rows only within the same bound.
     writer = Engine(model, num_slots=4, prefill_rows=4)
     writer.insert(requests)
     assert [len(fresh.tokens) for fresh in writer._unread] == [2, 1, 2, 1]
@@ -365,7 +365,7 @@ def test_sixteen_bit_logits_follow_those_of_the_plain_forward_pass():
 
 
 def allowed_by_hand(logits, seen, temperature, top_k, top_p, penalty):
-    """Probabilities of what may be drawn, one token after the other."""
+    """The probabilities to sample from, computed one token at a time."""
     scores = np.array(logits, np.float64)
     for token in seen:
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
@@ -405,7 +405,7 @@ def test_a_penalty_keeps_greedy_text_from_repeating_itself():
 
 
 def penalised_by_hand(model: Decoder, tokens: list[int], count: int, sampling: SamplingConfig) -> list[int]:
-    """The likeliest token after the penalties of all that was written, again and again."""
+    """Greedy decoding without a cache, with penalties for the tokens generated so far."""
     text = list(tokens)
     for _ in range(count):
         padded = np.zeros((1, LONGEST), np.int32)
@@ -429,7 +429,7 @@ def test_penalties_count_what_was_written_alone_and_in_a_batch():
         SamplingConfig(presence_penalty=-2.0),
         SamplingConfig(repetition_penalty=0.5, frequency_penalty=-1.5, presence_penalty=1.0),
     ]
-    # Tokens that a prompt holds are not counted, however often.
+    # Tokens of the prompt do not count, however often they occur.
     requests = [request(9, prompt_ids=[1, *[7] * 8], sampling=sampling, max_tokens=20) for sampling in samplings]
     expected = [penalised_by_hand(model, list(one.prompt_ids), 20, one.sampling) for one in requests]
     assert len(set(map(tuple, expected))) > 2
@@ -437,7 +437,7 @@ def test_penalties_count_what_was_written_alone_and_in_a_batch():
     writer = Engine(model, num_slots=3)
     texts: dict[int, list[int]] = {}
     for one in requests:
-        # A text that joins takes those beside it from one program to another.
+        # A request that joins moves the running ones to another compiled program.
         if not writer.free_slots:
             writer.release(0)
         (slot,) = writer.insert([one])
@@ -474,7 +474,7 @@ def test_nearby_lengths_share_what_is_compiled():
     for length in (10, 13, 16):
         list(generate(model, prompt(length), max_tokens=9))
     assert num_compiled(model) == compiled
-    # Batches that are not full, and other numbers of the sampling, run what is compiled too.
+    # Partial batches and other sampling parameters reuse the compiled programs, too.
     for some in ([prompt(3), prompt(12), prompt(7)], [prompt(16)]):
         for seed, top_k in ((0, 3), (1, 5)):
             sampling = SamplingConfig(temperature=1.0 + seed, top_k=top_k, seed=seed)

@@ -1,4 +1,4 @@
-"""Tokens are kept and drawn as a sort of the vocabulary would have it, without one."""
+"""Tokens are selected and drawn as if the vocabulary were sorted, but without sorting it."""
 
 from unittest import mock
 
@@ -18,13 +18,13 @@ compiled_on = {
     backend: jax.jit(lambda *arguments, mode: allowed(*arguments, mode=mode), static_argnames="mode")
     for backend in ("cpu", "gpu")
 }
-"""As a device of that kind would do it."""
+"""The function as each kind of device would run it."""
 compiled_pick = jax.jit(pick, static_argnames="mode")
 VOCABULARY = 12
 
 
 def kept_by_sorting(logits, top_k, top_p):
-    """The likeliest tokens one after the other; of equal ones the first."""
+    """Selects tokens from the likeliest down; the first of equal ones."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[: int(top_k)]
     weights = np.exp(np.array([logits[token] for token in order], np.float64))
     kept, total = set(), 0.0
@@ -44,7 +44,7 @@ def kept_by_sorting(logits, top_k, top_p):
         max_size=3,
     ),
     top_k=st.lists(st.integers(1, VOCABULARY + 3), min_size=3, max_size=3),
-    # No sum of these probabilities comes near them.
+    # No cumulative probability comes close to any of these.
     top_p=st.lists(st.sampled_from([0.0137, 0.3211, 0.7013, 0.9717, np.inf]), min_size=3, max_size=3),
 )
 def test_exactly_the_likeliest_tokens_are_kept_and_of_equal_ones_the_first(backend, rows, top_k, top_p):
@@ -98,7 +98,7 @@ def test_penalties_outside_the_range_of_the_interface_are_refused(name, penalty)
 
 
 def penalised(logits, uses, sampling):
-    """The logits token by token: repetition first, then what was written, as in vLLM."""
+    """Penalises each logit in vLLM's order: repetition first, then frequency and presence."""
     found = np.array(logits, np.float64)
     for token, times in enumerate(uses):
         if times >= 0:

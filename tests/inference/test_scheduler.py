@@ -1,4 +1,4 @@
-"""Prompts that wait join running texts in groups, where that is faster."""
+"""Waiting prompts join the running requests in groups, where that is faster."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ def test_prompts_of_one_padded_length_are_read_together_and_one_or_two_alone():
 
 
 class Scripted(Engine):
-    """An engine without a model: notes what it is asked for; texts have three tokens or, if odd, one."""
+    """An engine without a model that records its calls; requests get `num_tokens` tokens, odd ones a single one."""
 
     def __init__(self, num_slots: int = 8, num_tokens: int = 3) -> None:
         self.num_slots, self.num_tokens = num_slots, num_tokens
@@ -68,7 +68,7 @@ def ticket(number: int = 0) -> Ticket:
 def calls_until_all_end(
     first: list[Ticket], meanwhile: list[Ticket], num_slots: int = 8
 ) -> tuple[list[str], list[list[Ticket]]]:
-    """What the engine is asked for, and to whom what was written is handed out."""
+    """Runs the tickets to their end; returns the engine's calls and the tickets of each round of updates."""
     engine, handed_out, num_left, ended = Scripted(num_slots), [], len(first) + len(meanwhile), threading.Event()
 
     def listen(updates: list) -> None:
@@ -89,7 +89,7 @@ def calls_until_all_end(
 
 
 def test_prompts_that_come_while_others_are_read_join_before_the_next_tokens_if_they_are_enough(monkeypatch):
-    # Nine texts run: for two more they stand still again, for one they do not.
+    # Nine requests run: they pause again for two more prompts, but not for one.
     monkeypatch.setattr(scheduler_module, "_READ_AFTER_SECONDS", 3600.0)
     first = [ticket() for _ in range(9)]
     calls, _ = calls_until_all_end(first, [ticket(), ticket()], num_slots=16)
@@ -124,13 +124,13 @@ def test_running_texts_go_on_between_prompts_that_are_only_scored(monkeypatch):
         return Ticket(request=Request(prompt_ids=[1], max_tokens=0), prompt_top=0)
 
     def listen(updates: list[tuple[Ticket, Update]]) -> None:
-        # Whoever scores asks again at once.
+        # Every scoring client asks again at once.
         for _ in [one for one, _ in updates if not one.request.max_tokens]:
             scheduler.submit([scored()])
         if sum(call not in ("read 1 in 1", "write 0") for call in engine.calls) >= 5:
             enough.set()
 
-    # At 10 ms each, the tokens of all that may be read at once would take 20 s.
+    # At 10 ms each, reading everything that may be read at once would take 20 s.
     scheduler = Scheduler(engine, listen, max_waiting=99, score=lambda prompt, top: time.sleep(0.01) or [])
     scheduler.submit([ticket()])
     scheduler.submit([scored()])
@@ -178,7 +178,7 @@ def test_texts_that_end_are_handed_out_first():
 def scheduler_with(
     engine: Scripted, num_tickets: int
 ) -> tuple[Scheduler, list[tuple[Ticket, Update]], threading.Event]:
-    """A scheduler, the updates that it hands out, and what is set once so many tickets have had their last one."""
+    """A scheduler, its updates, and an event that is set once so many tickets have received their last update."""
     updates: list[tuple[Ticket, Update]] = []
     ended = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Scores are those of whole forward passes, whatever the lengths, the batch size and what is asked beside them."""
+"""Scores equal those of whole forward passes, whatever the lengths, the batch size and the other requests."""
 
 import itertools
 from typing import Any
@@ -22,20 +22,20 @@ def mixed_requests(by_hand) -> list[ScoreRequest]:
     assert len(greedy) == 3
     return [
         ScoreRequest(context, tokens(1, 1)),  # one token
-        ScoreRequest(context, greedy[:1]),  # another one after the same context
+        ScoreRequest(context, greedy[:1]),  # another token after the same context
         ScoreRequest(context, greedy),
         ScoreRequest(context, [*greedy[:2], greedy[2] ^ 1]),
-        ScoreRequest([1], tokens(5, 2)),  # nothing before it
+        ScoreRequest([1], tokens(5, 2)),  # no context but the begin token
         ScoreRequest([1], []),
         ScoreRequest([1, *tokens(50, 3)], tokens(4, 4)),  # a context that is too long
-        ScoreRequest([1, *tokens(15, 5)], tokens(1, 6)),  # one that just fits into 16
-        ScoreRequest([1, *tokens(5, 7)], tokens(75, 8)),  # a continuation of several windows
+        ScoreRequest([1, *tokens(15, 5)], tokens(1, 6)),  # a context that just fits into 16
+        ScoreRequest([1, *tokens(5, 7)], tokens(75, 8)),  # a continuation that spans several windows
         ScoreRequest([1], tokens(32, 9)),
         *(ScoreRequest(context, [token]) for token in range(3, 40)),
     ]
 
 
-# The batch size is tried where there is one shape for each: a shape takes longer to compile than all else.
+# Several batch sizes are tried only where each needs a single shape, as compiling shapes takes most of the time.
 @pytest.mark.parametrize(("max_length", "batch_sizes"), [(16, (1, 8, 32)), (32, (8,))])
 def test_scores_are_those_of_whole_forward_passes_at_any_batch_size(drawn_model, by_hand, max_length, batch_sizes):
     requests = mixed_requests(by_hand)
@@ -64,7 +64,7 @@ def test_few_programs_are_compiled_and_equal_rows_are_computed_once(drawn_model,
     assert shares == sorted(shares)
     context = [1, *tokens(9, 0)]
     rows = [row for batch in computed for row in batch.tolist() if row[:11] == [*context, 0]]
-    # 39 tokens after it, at most 16 a row.
+    # 39 tokens follow, at most 16 in a row.
     assert len(rows) == 3
 
 

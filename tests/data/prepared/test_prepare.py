@@ -1,4 +1,4 @@
-"""Prepared data is what the files give; broken files are refused or left out and counted; halves are redone."""
+"""Prepared data equals its source files; broken files are refused or skipped and counted; partial work is redone."""
 
 import dataclasses
 import gzip
@@ -44,7 +44,7 @@ def everything(reader):
 
 @pytest.fixture
 def lines(tmp_path):
-    """70 records, texts and prompts with answers, blank lines among them."""
+    """70 records, both texts and prompts with answers, separated by blank lines."""
     rows = [{"text": f"é{i} " * (i % 9 + 1)} if i % 3 else {"prompt": f"{i}:", "answer": "y" * i} for i in range(1, 71)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -128,7 +128,7 @@ def test_a_broken_line_is_refused_or_left_out_and_counted(tmp_path, name, packed
     assert not (tmp_path / "p").exists()
     prepare(corpus(path, malformed="skip"), BYTES, tmp_path / "p")
     reader = PreparedReader(tmp_path / "p", BYTES)
-    # The record that is left out keeps its number, and has no tokens.
+    # A skipped record keeps its index but has no tokens.
     assert [len(pairs) for pairs in reader(range(3), np.random.default_rng(0)).split()] == [6, 0, 5]
     assert ["".join(segment.text for segment in reader.record(i)) for i in range(len(reader))] == ["first", "", "last"]
     assert (reader.manifest.malformed, reader.manifest.usable, reader.manifest.tokens) == (1, 2, 11)
@@ -159,7 +159,7 @@ def test_what_only_looks_broken_is_read(tmp_path, name):
 
 @pytest.fixture
 def broken_folder(tmp_path):
-    """Whole files with 4 records between files with nothing, half of something, or something else."""
+    """A folder of intact files with 4 records in all, mixed with empty, truncated and foreign files."""
     folder = tmp_path / "many"
     folder.mkdir()
     (folder / "0.jsonl").write_text("")
@@ -340,7 +340,7 @@ def test_a_signal_to_all_processes_is_told_once(tmp_path, number):
     with process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("preparing")
-        time.sleep(0.3)  # the processes that tokenise are importing
+        time.sleep(0.3)  # by now the tokenising processes are importing modules
         os.killpg(process.pid, number)
         assert process.communicate(timeout=60)[0] == "\ninterrupted\n"
     assert process.returncode == 130

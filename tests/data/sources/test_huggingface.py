@@ -1,4 +1,4 @@
-"""Data sets that the package datasets reads, here from Parquet files in a folder."""
+"""Data sets read by the package `datasets`, here from Parquet files in a folder."""
 
 import sys
 

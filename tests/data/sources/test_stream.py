@@ -57,7 +57,7 @@ WRITERS = {
 
 
 def read(path, source: Literal["text", "files"] = "files"):
-    """(number, text or why there is none) of every record."""
+    """Lists (number, text or error message) of every record."""
     (file,) = find_files(str(path), source, "data.path")
     found = []
     for number, payload in Stream(file, Keys()):
@@ -146,7 +146,7 @@ def test_a_cut_or_foreign_file_ends_with_what_is_wrong(tmp_path, name):
 
 def test_damage_in_the_middle_of_an_array_record_is_noticed(tmp_path):
     path = tmp_path / "a.array_record"
-    # Large records that do not pack, so that the damage lies inside one of them.
+    # Large records that are not packed together, so that the damage lies inside one of them.
     write_array_record(path, [json.dumps({"text": chr(97 + i) * 100_000}).encode() for i in range(9)])
     data = bytearray(path.read_bytes())
     data[300:400] = bytes(100)
@@ -318,7 +318,7 @@ def test_what_follows_a_stream_is_read_or_named(tmp_path, name, pack):
     path = tmp_path / name
     path.write_bytes(first + second)
     assert read(path) == [(1, "one"), (2, "two")]
-    # The libraries of both take a stream with a damaged header for garbage, and leave it out without a word.
+    # Both libraries treat a stream with a damaged header as trailing garbage and drop it silently.
     path.write_bytes(first + b"\x01" + second[1:])
     one, (number, error) = read(path)
     assert (one, number) == ((1, "one"), 2)
@@ -331,7 +331,7 @@ def test_offsets_beyond_the_text_of_an_arrow_file_are_damage(tmp_path, writer):
     write_arrow(path, writer, rows_at_once=4)
     sound, offsets = path.read_bytes(), np.array([0, 3, 10, 22, 3022], np.int32).tobytes()
     assert sound.count(offsets) == 1
-    # Its library reads memory that is not its own, and the process ends by SIGSEGV.
+    # PyArrow would read out of bounds and end the process with SIGSEGV.
     path.write_bytes(sound.replace(offsets, offsets[:-4] + np.int32(1 << 30).tobytes()))
     ((_, error),) = read(path)
     assert isinstance(error, UnreadableError)

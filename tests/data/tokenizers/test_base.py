@@ -16,7 +16,7 @@ from memjax.errors import DataError
 
 CORPUS = ["the cat sat on the mat", "naïve café, naïve café", "日本語の日本語", "def f(x):\n\treturn x  # x"] * 4
 PIECES = ["<eos>", "<pad>", " ", "\n", "é", "日本", "\U0001f469\u200d\U0001f467", "the", "\x00"]
-# SentencePiece takes U+2581 for a space.
+# SentencePiece uses U+2581 for a space.
 TRICKY = st.text(st.characters(exclude_characters="\u2581", codec="utf-8")) | st.lists(st.sampled_from(PIECES)).map(
     "".join
 )
@@ -28,7 +28,7 @@ KINDS = ["byte", "bpe", *FILES]
 
 @pytest.fixture(scope="session")
 def opened(tokenizer_files) -> dict[str, Tokenizer]:
-    """A tokenizer of every kind."""
+    """One tokenizer of every kind."""
     of_files = {
         kind: open_tokenizer(TokenizerConfig(kind=kind, path=str(tokenizer_files / name)))  # pyright: ignore[reportArgumentType]
         for kind, name in FILES.items()
@@ -83,7 +83,7 @@ def test_decoding_replaces_bad_bytes_and_skips_special_and_unknown_ids(opened, k
     euro = chosen.encode("a€")
     assert chosen.decode([chosen.bos_id, *euro, chosen.eos_id, chosen.pad_id, 10**6, -1]) == "a€"
     assert chosen.decode(euro[:-1]) == "a\ufffd"
-    for array in (np.asarray, jnp.asarray):  # such as what a model has picked
+    for array in (np.asarray, jnp.asarray):  # such as tokens sampled from a model
         assert chosen.decode(array(euro)) == "a€"
 
 

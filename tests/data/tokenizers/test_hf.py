@@ -1,4 +1,4 @@
-"""The tokenizers library itself says what a tokenizer.json means."""
+"""A tokenizer.json means what the tokenizers library makes of it."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_special_tokens_have_the_ids_of_the_file(description):
     assert tokenizer.special_tokens == ids
     assert (tokenizer.bos_id, tokenizer.eos_id) == (ids["<|begin_of_text|>"], ids["<|eot_id|>"])
     assert tokenizer.fingerprint != HfTokenizer(description).fingerprint
-    # A word that was added is no special token.
+    # An added word is not a special token.
     assert tokenizer.token_bytes(tokenizer.encode("catamaran")[0]) == b"catamaran"
 
 

@@ -1,4 +1,4 @@
-"""What is said when a tokenizer file or its package is missing or wrong; each kind has tests of its own."""
+"""Errors for missing or invalid tokenizer files and packages; each kind of tokenizer has its own tests."""
 
 import json
 import pickle
@@ -87,7 +87,7 @@ def test_a_hundred_thousand_special_tokens_take_seconds(tokenizer_files, tmp_pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     before = time.process_time()
     tokenizer = open_tokenizer(TokenizerConfig(kind="hf", path=str(tmp_path / "tokenizer.json")))
-    assert time.process_time() - before < 30  # some 3 s; encoding the names one by one took minutes
+    assert time.process_time() - before < 30  # takes about 3 s; encoding the names one by one took minutes
     assert tokenizer.encode_with_special("a<|special_99999|>")[-1] == many[-1]["id"]
 
 

@@ -1,4 +1,4 @@
-"""What tokenizers lose is said when their file is opened; the texts themselves are the oracle."""
+"""Opening a tokenizer file reports what its round trip loses; the texts themselves are the oracle."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The SentencePiece library itself says what a .model file means."""
+"""A .model file means what the SentencePiece library makes of it."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Ranks are merged by hand; patterns cut texts as their vocabularies are known to."""
+"""Merges equal those by hand; patterns split texts as their vocabularies are known to."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ def build(content: bytes, pattern: str = "gpt2", **options) -> TiktokenTokenizer
 
 
 def by_hand(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """Of all neighbours the pair of the lowest rank becomes one token, again and again."""
+    """Repeatedly merges the adjacent pair with the lowest rank."""
     parts = [bytes([byte]) for byte in word]
     while pairs := [i for i in range(len(parts) - 1) if parts[i] + parts[i + 1] in ranks]:
         best = min(pairs, key=lambda i: ranks[parts[i] + parts[i + 1]])
@@ -51,7 +51,7 @@ def test_special_tokens_come_after_the_ranks(tokenizer_files):
     ],
 )
 def test_patterns_cut_texts_as_their_vocabularies_do(pattern, pieces, tokenizer_files):
-    """Where all strings of a text are tokens, only the pattern cuts it."""
+    """If every substring of a text is a token, only the pattern splits it."""
     lines = (tokenizer_files / "ranks.tiktoken").read_bytes()
     count = len(lines.splitlines())
     whole, known = "".join(pieces), []
@@ -65,7 +65,7 @@ def test_patterns_cut_texts_as_their_vocabularies_do(pattern, pieces, tokenizer_
 
 
 def test_a_tokenizer_json_in_llamas_shape_says_the_same(tokenizer_files):
-    """Two libraries with one vocabulary and one pattern; in a trained BPE the order of ids is that of the merges."""
+    """Both libraries get one vocabulary and one pattern; a trained BPE numbers its ids in the order of the merges."""
     description = json.loads((tokenizer_files / "hf.json").read_text())
     description["model"]["ignore_merges"] = True
     description["pre_tokenizer"] = {
@@ -95,7 +95,7 @@ def test_what_is_no_file_of_ranks_is_refused(tokenizer_files):
 
 
 def test_an_empty_token_keeps_its_rank_and_stands_for_nothing(tokenizer_files):
-    """Whisper's multilingual vocabulary ends with one, which is written as padding alone."""
+    """Whisper's multilingual vocabulary ends with an empty token, written as base64 padding only."""
     content = (tokenizer_files / "ranks.tiktoken").read_bytes() + b"= 264\n"
     tokenizer = TiktokenTokenizer.of_file(content, pattern="gpt2", special_tokens=("<|endoftext|>",))
     assert tokenizer.eos_id == 265

@@ -1,4 +1,4 @@
-"""Runs a program in a thread, to which tests talk as if it were a process."""
+"""Runs a program in a thread, which tests talk to as if it were a process."""
 
 import contextlib
 import os

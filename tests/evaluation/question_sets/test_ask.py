@@ -1,4 +1,4 @@
-"""Answers are graded as the sets are meant; generation itself is compared with brute force in test_harness."""
+"""Answers are graded by the rules of each set; test_harness compares generation itself with brute force."""
 
 import pytest
 
@@ -21,6 +21,6 @@ def test_a_short_answer_ends_with_its_line(drawn_model, monkeypatch):
     sampling = SamplingConfig()
     (found,) = ask_open(model, [question], ["Before. "], max_tokens=9, sampling=sampling, show=lambda _: None)
     assert found.answers == ("Paul McCartney of Liverpool",)
-    # Of four words two are among the two of the second answer.
+    # Two of the four words match the two words of the second answer.
     assert found.metrics == {"exact_match": 0, "f1": pytest.approx(2 / 3)}
     assert found.is_cut

@@ -1,4 +1,4 @@
-"""Files of questions are told apart by their fields and put to a model in one way each."""
+"""The fields of a file identify its question set, and with it the form of the prompts."""
 
 import gzip
 import json

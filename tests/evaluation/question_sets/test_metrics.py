@@ -1,4 +1,4 @@
-"""Answers are compared as SQuAD compares them."""
+"""Answers are compared by SQuAD's rules."""
 
 import pytest
 
@@ -32,10 +32,10 @@ def test_what_does_not_count_is_left_out(text, expected):
         ("Paris", "paris.", 1, 1),
         ("the city of Paris", "Paris", 0, 0.5),  # 1 of 3 words, 1 of 1
         ("in Paris France", "Paris in Texas", 0, 2 / 3),
-        ("to be or not to be", "to be", 0, 0.5),  # repeated words count as often as both have them
+        ("to be or not to be", "to be", 0, 0.5),  # repeated words count as often as they occur in both
         ("London", "Paris", 0, 0),
         ("", "Paris", 0, 0),
-        ("The", "a", 1, 1),  # nothing is left of either
+        ("The", "a", 1, 1),  # both are empty once articles are removed
         ("the", "Paris", 0, 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tests see a program as if it ran in their process, but for what would let it decide its verdict."""
+"""To its tests a program looks as if it ran in their process, except that it cannot influence the verdict."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ from memjax.evaluation.question_sets.program_wire import Channel
 
 @pytest.fixture(scope="module")
 def reason(serve):
-    """Why a program does not pass its tests; empty if it does."""
+    """reason(program, tests, *functions): why the program does not pass; empty if it does."""
 
     def find(program: str, tests: str, *functions: str) -> str:
         with serve(program) as channel:
@@ -172,7 +172,7 @@ def test_only_the_function_under_test_replaces_a_builtin(reason):
     assert reason(program, "assert sum(2, 5) == 10", "sum") == ""
     assert reason(program, "assert sum(2, 5) == 10").startswith("TypeError")
     assert reason(program, "assert round(sum(2, 5), 2) == 6", "sum") == "AssertionError"
-    # Nor does the builtin stand in for it.
+    # Nor does the builtin replace a missing function.
     assert reason("x = 1", "assert sum([1]) == 1", "sum") == "NameError: name 'sum' is not defined"
 
 

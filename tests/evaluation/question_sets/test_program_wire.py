@@ -1,4 +1,4 @@
-"""Values come back from the other process as they were sent, and nothing that it sends is more than data."""
+"""Values survive the round trip to the other process, and whatever it sends is only data."""
 
 import collections
 import contextlib
@@ -22,7 +22,7 @@ from memjax.evaluation.question_sets.program_wire import Channel, Lost, Peer
 
 hashable = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | st.binary()
-    # Surrogates too.
+    # Includes surrogates.
     | st.text(st.characters(codec=None))
     | st.decimals(allow_nan=False) | st.fractions() | st.datetimes() | st.dates() | st.times() | st.timedeltas(),
     lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=3),
@@ -43,7 +43,7 @@ values = st.recursive(
 
 @pytest.fixture(scope="module")
 def functions(serve):
-    """The names of a program, as the other process has them."""
+    """functions(program): the names of a program that runs in the other process."""
 
     @contextlib.contextmanager
     def names(program: str):
@@ -59,7 +59,7 @@ def functions(serve):
 def test_values_come_back_equal_and_of_their_types(functions, value):
     with functions("def f(x): return x, repr(x)") as names:
         found, text = names["f"](value)
-    # repr tells types, NaN and the sign of zero; sets are in no order.
+    # repr also compares types, NaN and the sign of zero; sets have no order.
     if not any(kind in repr(value) for kind in ("set", "{")):
         assert repr(found) == repr(value) == text
     if "nan" not in repr(value).lower():
@@ -129,7 +129,7 @@ def size(a): return len(a)
         with pytest.raises(ValueError, match="after"):
             names["g"](a)
         assert a == []
-        # A container that is not changed can be iterated over meanwhile.
+        # A container may be passed while it is iterated over, if the program does not change it.
         unchanged = {1, "a"}
         assert [names["size"](unchanged) for _ in unchanged] == [2, 2]
 

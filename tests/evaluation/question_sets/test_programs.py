@@ -1,4 +1,4 @@
-"""Programs count as right when they pass their tests, and pass@k is the chance that one of k does."""
+"""Programs count as right if they pass their tests, and pass@k is the probability that one of k does."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A report over sets: which questions, which examples before them, the means, and the baselines beside them."""
+"""Reports over question sets: the choice of questions and examples, the means, and the baselines."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ def model(found) -> EvalModel:
 
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[str, str]]:
-    """What is asked, as pairs of the text in front and the question; every second answer is right."""
+    """Records (preceding text, question) of all that is asked; every second answer is right."""
     pairs = []
 
     def ask(model, questions, before, *, max_tokens, sampling, show):
@@ -64,7 +64,7 @@ def test_examples_are_others_of_the_same_group(model, asked):
         "q1? none\n\nq5? none\n\n",
         "q0? none\n\nq2? none\n\n",
         "q1? none\n\nq3? none\n\n",
-        "q0? none\n\nq1? none\n\n",  # a group that is too small takes those of others
+        "q0? none\n\nq1? none\n\n",  # a group with too few questions takes examples from others
     ]
 
 
@@ -74,7 +74,7 @@ def test_examples_can_come_from_another_part_of_the_set(model, asked):
     question_report(model, [whole(question(1))], examples=[other, train], **settings)
     assert asked == [("q50? none\n\n", "q1")]
     asked.clear()
-    # As many as are wanted, and no more, of the question's own subject.
+    # The one example wanted is of the question's own subject.
     subjects = whole(question(50, "a"), question(51, "b"), path="facts_train.jsonl")
     question_report(model, [whole(question(1, "b"))], examples=[subjects], **settings)
     assert asked == [("q51? none\n\n", "q1")]

@@ -1,4 +1,4 @@
-"""A program is stopped at its limits, and counts as right only if it runs to its last line."""
+"""A program is stopped at its limits, and passes only if it runs to its last line."""
 
 import concurrent.futures
 import contextlib
@@ -42,7 +42,7 @@ LIMITS = Limits(cpu_seconds=1, seconds=20)
 def test_how_a_program_ends(source, reason):
     outcome = run_program(source, limits=LIMITS)
     assert outcome.passed == (reason == "")
-    # The number of the file that is one too many is that of this Python.
+    # The name of the first file that cannot be opened depends on this Python.
     assert outcome.reason == reason or (reason.endswith("'") and outcome.reason.startswith(reason))
 
 
@@ -81,7 +81,7 @@ def test_programs_run_side_by_side():
 def test_tests_run_after_the_program_and_with_its_names():
     assert run_program("def f(x): return 2 * x", "assert f(2) == 4").passed
     assert not run_program("def f(x): return 2 * x", "assert f(2) == 5").passed
-    # What the program leaves open cannot swallow the tests.
+    # An unterminated string in the program cannot swallow the tests.
     assert not run_program('x = """', 'assert False\n"""').passed
 
 
@@ -97,13 +97,13 @@ def test_a_function_under_test_may_have_the_name_of_a_builtin():
 
 
 def test_the_search_of_memory_finds_what_is_there():
-    """So that the forgeries by memory could find the tests, if they were there."""
+    """Shows that the forgeries that search memory would find the tests, if they were in this process."""
     source = cheats.FORGERIES["searches memory by ctypes"]
     assert run_program(f"{source}\nhere = 'answer-' + str(4711)", cheats.TESTS, LIMITS).reason == ""
 
 
 def test_a_program_may_use_ctypes():
-    """Libraries do."""
+    """Libraries use it."""
     source = """
 import ctypes, ctypes.util, _ctypes
 
@@ -170,7 +170,7 @@ def test_programs_end_with_the_evaluation(tmp_path):
     code = "from memjax.evaluation.question_sets.sandbox import run_program\nrun_program('import time; time.sleep(60)')"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
-        # The launcher, the first process of its namespace, the program and its judge.
+        # The launcher, the namespace's first process, the program and its judge.
         assert soon(lambda: commands().count(str(tmp_path)) >= 4)
         process.kill()
     started = time.monotonic()
