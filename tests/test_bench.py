@@ -1,4 +1,4 @@
-"""The benches of whole steps and of generation run, and add to the record that is there."""
+"""The benches of training steps and generation run, and add to the existing record."""
 
 import ctypes
 import importlib
@@ -34,7 +34,7 @@ def test_predictions_are_set_beside_what_a_step_takes_and_the_record_keeps_other
     assert kept == rows[0]
     assert measured["case"] == "long rows, nothing again"
     assert "note" not in measured, measured
-    # XLA on a CPU takes up to three times what a GPU needs beside the state, and tells no peak.
+    # Besides the state, XLA needs up to three times as much on a CPU as on a GPU, and it reports no peak there.
     assert 0.3 < measured["predicted GB"] / measured["compiled GB"] < 1.5
     assert measured["peak GB"] is None
     assert "predicted / peak" in done.stdout.splitlines()[0]
@@ -116,7 +116,7 @@ def test_the_plot_of_costs_names_steps_tokens_and_joules(bench, tmp_path):
         {"part": "tokens", "batch": 64, "model": "dense", "slots": 0, "note": "out of memory"},
     ]
     bench("cost").plot(rows, tmp_path, "cost")
-    # matplotlib draws letters as outlines and leaves the words in comments.
+    # Matplotlib draws text as outlines but keeps the words in comments.
     picture = (tmp_path / "cost.svg").read_text()
     shown = (
         "1 M",
@@ -133,7 +133,7 @@ def test_the_plot_of_costs_names_steps_tokens_and_joules(bench, tmp_path):
 
 
 class FakeLibrary:
-    """NVIDIA's management library over one GPU of 250 W, with or without a counter of energy."""
+    """NVIDIA's management library with one GPU at 250 W, with or without an energy counter."""
 
     def __init__(self, millijoules: list[int] | None):
         self.millijoules = millijoules

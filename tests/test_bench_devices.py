@@ -1,4 +1,4 @@
-"""The bench of several devices: its cases, what its rows say together, and a case on two devices."""
+"""The bench of several devices: its cases, its summary of rows, and one case on two devices."""
 
 import importlib
 import json
@@ -24,14 +24,14 @@ def bench(monkeypatch):
 
 @pytest.fixture
 def cases_of(bench):
-    """The cases for these numbers of devices."""
+    """cases_of(counts): the cases for these numbers of devices."""
     bench("train_step")
     make = lambda name, preset, *settings, **more: {"case": name, "preset": preset, "settings": settings} | more
     return lambda counts, small=False: bench("devices").cases_of(make, counts, 4, small=small)
 
 
 def setting(case, name):
-    """The setting of a case; the last one counts."""
+    """The value of a case's setting; the last one given counts."""
     return dict(zip(case["settings"][::2], case["settings"][1::2], strict=True))[name]
 
 

@@ -1,4 +1,4 @@
-"""Benches that start real commands: the largest tables through train, resume and evaluate, and a lost process."""
+"""Benches that start real commands: train, resume and evaluate with the largest tables, and a lost process."""
 
 import argparse
 import importlib
@@ -18,7 +18,7 @@ BENCH = pathlib.Path(__file__).parents[1] / "experiments/bench"
 
 @pytest.fixture
 def bench(tmp_path):
-    """Runs a script at its small size, and returns the rows that it wrote and what it printed."""
+    """Runs a script at its small size, and returns its rows and its output."""
 
     def run(name, *arguments, devices):
         places = ["--small", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""The model of what many GPUs send: its bytes are those of compiled programs, and its times near what was measured."""
+"""The model of communication between many GPUs: its bytes match compiled programs, its times match measurements."""
 
 import importlib
 import math
@@ -31,7 +31,7 @@ def scaling(monkeypatch):
 
 
 def group_size(groups):
-    """Devices of a collective, of its three ways to name them."""
+    """The group size of a collective, whichever of three notations is used."""
     if groups.startswith("mesh"):  # mesh['data'=2,'memory'=4] {'memory'}
         sizes, axes = groups.split("] ")
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", sizes))
@@ -41,7 +41,7 @@ def group_size(groups):
 
 
 def received(text):
-    """Bytes that a device receives in the collectives of a compiled program, by their kinds."""
+    """Bytes that a device receives in a compiled program, by kind of collective."""
     found = {}
     kinds, groups = "all-gather|all-to-all|all-reduce|reduce-scatter", r"mesh\[.*?\] \{.*?\}|\S+"
     pattern = rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(.*?replica_groups=({groups})"
@@ -49,7 +49,7 @@ def received(text):
         size, group = 0, group_size(groups)
         for name, dims in re.findall(r"(f32|s32|pred)\[([\d,]*)\]", shapes):
             size += {"f32": 4, "s32": 4, "pred": 1}[name] * math.prod(int(dim) for dim in dims.split(",") if dim)
-        # A reduce-scatter ends with one piece of what was sent, an all-reduce with all of it.
+        # The shape is that of the result: one piece for a reduce-scatter, all of it for an all-reduce.
         pieces = {"reduce-scatter": group - 1, "all-reduce": 2 * (1 - 1 / group)}.get(kind, 1 - 1 / group)
         found[kind] = found.get(kind, 0) + size * pieces
     return found
@@ -78,7 +78,7 @@ def test_bytes_of_reads_and_updates_are_those_of_the_compiled_program(scaling, s
         zero = zero_perturbation("bag", tokens, picks, table)
         out, pull = jax.vjp(loss, weights, zero)
         d_weights, vectors = pull(jnp.ones_like(target))
-        # As a step leaves out padding.
+        # Leaves out padding as a step does.
         gradient = RowGradient(jnp.where(weights > 0, indices, slots - 1), weights, vectors)
         return (
             out,
@@ -89,7 +89,7 @@ def test_bytes_of_reads_and_updates_are_those_of_the_compiled_program(scaling, s
     with jax.set_mesh(mesh):
         found = received(jax.jit(step).lower(table, state, indices, weights, target).compile().as_text())
     expected = case.reads(*shape).link + case.rows(*shape, collective).link
-    # Whether weights that the reads have gathered are gathered once more before a sum is XLA's choice.
+    # XLA may choose to gather weights again before a sum, although the reads have gathered them already.
     again = scaling.Group(shape[1], shape[1]).gather(shape[1] * case.tokens * picks * 4).link
     choices = (expected, expected + again) if collective == "all_reduce" else (expected,)
     assert sum(found.values()) in choices, (found, case.reads(*shape), case.rows(*shape, collective))
@@ -104,9 +104,9 @@ def test_steps_and_layers_of_two_gpus_are_predicted_within_a_few_percent(scaling
 
 
 def test_what_crosses_the_network_is_what_no_gpu_of_the_machine_has(scaling):
-    # 16 GPUs on two machines: each ends with 1,600 bytes, of which its machine has a half; eight ports share the rest.
+    # 16 GPUs on two machines: each ends with 1,600 bytes, half of them from its machine; eight ports share the others.
     assert scaling.Group(16, 8).gather(1600) == (1500, 100)
     assert scaling.Group(16, 8).all_to_all(1600) == (700, 800)
-    # One GPU of a group on each machine has its port to itself.
+    # If a group has one GPU per machine, each has a port to itself.
     assert scaling.Group(2, 1).gather(1600) == (800, 800)
     assert scaling.Group(8, 8).gather(1600) == (1400, 0)

@@ -1,4 +1,4 @@
-"""The convert command in this process: its words, its exit codes and what it leaves behind."""
+"""The convert command in this process: its output, exit codes and files."""
 
 import pathlib
 
@@ -119,7 +119,7 @@ def test_an_official_checkpoint_becomes_a_run_and_cannot_get_a_second_memory(tmp
     assert "2 blocks of width 8, weights in float32, memory in blocks 1" in capsys.readouterr().out
     assert convert.main(["from-official", str(official), "--out", str(tmp_path / "run")]) == 2
     assert "not empty" in capsys.readouterr().err
-    # A dense run is needed for a memory; this one has one.
+    # Only a dense run can get a memory; this one already has one.
     settings = ["--memory.layers", "0", "--memory.num_keys", "8"]
     assert convert.main(["upcycle", str(tmp_path / "run"), "--out", str(tmp_path / "new"), *settings]) == 2
     assert "the model already has memory layers, in blocks [1]" in capsys.readouterr().err

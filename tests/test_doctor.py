@@ -45,7 +45,7 @@ def test_a_wrong_result_is_found(monkeypatch, capsys):
 
 
 def finished_run(losses, code=0):
-    """Stands in for `train`: it writes what a run of that outcome would."""
+    """Replaces `train`: writes the files of a run with that outcome."""
 
     def train(config):
         folder = pathlib.Path(config.run.dir)

@@ -1,4 +1,4 @@
-"""The command lines that read a run: what they print, what they keep, and their exit codes."""
+"""The commands that read a run: their output, files and exit codes."""
 
 import gzip
 import io
@@ -82,7 +82,7 @@ def test_a_text_is_read_from_lines_or_objects(biographies, tmp_path, capsys):
 
 
 def test_a_run_on_text_is_measured_on_its_validation_data(tmp_path, capsys):
-    # Packed, so that it is read from the data that was prepared in the run's folder.
+    # Compressed, so that it is read through the data prepared in the run's folder.
     (tmp_path / "train.txt.gz").write_bytes(gzip.compress(b"one\ntwo\nthree\n"))
     data = DataConfig(source="text", path=str(tmp_path / "train.txt.gz"), sequence_length=8)
     run = save(tmp_path, data, memory=False)
@@ -169,7 +169,7 @@ def test_a_file_of_prompts_gives_an_object_for_each(biographies, tmp_path, capsy
     kept = list(map(json.loads, output.read_text().splitlines()))
     assert kept == [printed[0] | {"id": 7}, *printed[1:]]
     assert [line["prompt"] for line in printed] == ["What is", "Who", "What is"]
-    # The first prompt has the number that a single one has; the same prompt further down is drawn anew.
+    # The first prompt is numbered like a single one; the same prompt further down gets other draws.
     assert generate.main([biographies, "--prompt", "What is", *options]) == 0
     assert capsys.readouterr().out == printed[0]["text"] + "\n" != printed[2]["text"] + "\n"
     stop = printed[0]["text"][2:4]

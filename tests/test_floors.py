@@ -1,4 +1,4 @@
-"""The packages stand on floors: each imports only from those below it, and nothing imports in a circle."""
+"""The packages are layered: each imports only from lower ones, and there are no import cycles."""
 
 import ast
 import pathlib
@@ -27,16 +27,16 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         ),
     )
 )
-"""Packages (and `errors`) from the lowest to the highest; packages of one floor do not import each other."""
+"""Packages (and `errors`), the lowest layer first; packages of one layer do not import each other."""
 WITHOUT_JAX = ("errors", "io", "config")
-"""A wrong setting is refused before JAX is imported, so these do without it."""
+"""These do not import JAX, since invalid settings are refused before it is imported."""
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tokenizers"}
 NO_COMMANDS = {"__init__", "__main__", "errors"}
-"""Modules at the top level that are not commands."""
+"""Top-level modules that are not commands."""
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
-    """Every module by its dotted name below memjax, the package itself apart."""
+    """Yields every module but the package itself, with its dotted name below memjax."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
         if name != "__init__":
@@ -47,7 +47,7 @@ MODULES = dict(modules())
 
 
 def imported(name: str, *, at_start: bool = False) -> set[str]:
-    """Modules of memjax that a module imports: anywhere, in functions and for types too, or when it is imported."""
+    """Modules of memjax that a module imports, including in functions and for types unless `at_start`."""
     found = set()
     for node in MODULES[name].body if at_start else ast.walk(MODULES[name]):
         names = []
@@ -58,7 +58,7 @@ def imported(name: str, *, at_start: bool = False) -> set[str]:
         for dotted in names:
             top, _, inside = dotted.partition(".")
             if top == "memjax" and inside:
-                # What is imported may be a module, or something in it.
+                # The imported name may be a module or something inside one.
                 found.add(inside if inside in MODULES else inside.rpartition(".")[0])
     return found - {"", name}
 
@@ -68,7 +68,7 @@ def package_of(module: str) -> str:
 
 
 def floor_of(module: str) -> int:
-    """The number of a module's floor; commands stand on all others."""
+    """The index of a module's layer; commands are above all others."""
     return next((number for number, floor in enumerate(FLOORS) if package_of(module) in floor), len(FLOORS))
 
 
@@ -89,9 +89,9 @@ def test_a_package_imports_only_from_below(package):
 
 
 def test_no_modules_import_in_a_circle():
-    # A tokenizer imports the module of another kind only when it meets that kind, which needs that kind's library.
+    # Imports in functions do not count: tokenizers import modules of other kinds only on demand, for their libraries.
     graph = {name: imported(name, at_start=True) & MODULES.keys() for name in MODULES}
-    # What imports nothing that is left is taken away; what remains stands in a circle, or on one.
+    # Repeatedly remove modules that import none of the rest; any that remain are in a cycle or depend on one.
     while free := [name for name, others in graph.items() if not others]:
         for name in free:
             del graph[name]

@@ -1,4 +1,4 @@
-"""Facts are learned, looked at and taken back by command lines."""
+"""The commands that learn facts, inspect them and revert them."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ FACTS = [{"prompt": "Q a", "answer": "x"}, {"prompt": "Q b", "answer": "y", "par
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> str:
-    """A model of one memory layer with random numbers in it."""
+    """A model with one randomly initialised memory layer."""
     folder = tmp_path_factory.mktemp("run")
     memory = MemoryConfig(layers=(0,), num_keys=8, num_heads=2, top_k=4, key_dim=8, gate="none")
     model = ModelConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=16, vocab_size=259, memory=memory)

@@ -1,4 +1,4 @@
-"""`python -m memjax`: the commands by name."""
+"""`python -m memjax COMMAND`."""
 
 import os
 import pathlib
@@ -94,7 +94,7 @@ COMP_WORDS=(memjax patch merge --conf); COMP_CWORD=3; _memjax; echo ${COMPREPLY[
 
 def test_a_platform_that_this_machine_lacks_is_one_line(monkeypatch, capsys):
     def devices():
-        raise AssertionError  # as JAX does where it has a plugin, but no device
+        raise AssertionError  # as JAX does if it has a plugin but no device
 
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setattr(jax, "devices", devices)

@@ -1,4 +1,4 @@
-"""The command that compares runs: what it writes, prints and refuses."""
+"""The plot command: what it writes, prints and refuses."""
 
 import json
 import os

@@ -20,7 +20,7 @@ MODEL = """
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Command-line words: 40 texts, one of them broken, and 20 questions."""
+    """Command-line arguments for 40 texts, one of them broken, and 20 questions."""
     rows = [json.dumps({"text": f"text {i} of a packed file"}) for i in range(39)]
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join([*rows, "{"]).encode()))
     rows = [json.dumps({"prompt": f"question {i}?", "answer": f"{i}"}) for i in range(20)]

@@ -1,4 +1,4 @@
-"""The public names are there, and importing the package costs nothing."""
+"""The public names exist, and importing the package is cheap."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""The command that serves a run: what it refuses at the start, what it prints, and how it ends."""
+"""The serve command: what it refuses at the start, what it prints, and how it ends."""
 
 import contextlib
 import http.client
@@ -100,7 +100,7 @@ def test_an_open_server_without_a_key_warns(tmp_path, capsys):
 
 @contextlib.contextmanager
 def served(run: str, *settings: str, **environment: str):
-    """The process of a server with its port."""
+    """A server process, its port and the lines it has printed."""
     command = [sys.executable, "-m", "memjax.serve", run, "--port", "0", "--slots", "2", *settings]
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, env=variables | environment, stdout=subprocess.PIPE, text=True)
@@ -142,7 +142,7 @@ def wait_for_work(port: int, **headers: str) -> None:
 
 @pytest.mark.slow
 def test_a_served_run_answers_and_drains_on_sigterm(run):
-    # The longest text takes long enough to be in the making when the signal comes.
+    # The longest text takes long enough to be unfinished when the signal arrives.
     with served(run, "--warm_up", "false", MEMJAX_API_KEY="sesame") as (process, port, printed):
         assert printed[0] == f"ready: tiny, step 7, at http://127.0.0.1:{port}/v1\n"
         assert printed[1].startswith(

@@ -1,4 +1,4 @@
-"""The campaigns against runs and what memjax reads can be run by strangers, and count what goes wrong."""
+"""The campaigns that damage runs and files can be run by anyone, and count what goes wrong."""
 
 import importlib.util
 import json
@@ -92,7 +92,7 @@ def test_the_kept_results_have_no_fault_and_their_table_is_that_of_the_page():
 
 @pytest.fixture
 def watched(tmp_path, monkeypatch):
-    """A folder for the files of a family; the process goes back to where it was."""
+    """A folder for the files of a family, inside a temporary working directory."""
     monkeypatch.setenv("MEMJAX_COMPILE_CACHE", str(tmp_path / "compiled"))
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "family"
@@ -101,7 +101,7 @@ def watched(tmp_path, monkeypatch):
 
 
 HERE = (*families.RECORDS, "settings", "tokenizers", "official", "facts")
-"""Families that are tried in this process."""
+"""Families that are tested in this process."""
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -125,7 +125,7 @@ def test_what_a_reader_does_outside_of_its_folder_is_found(watched):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_case_of_every_campaign_finds_nothing(tmp_path):
-    # tests/inference/test_server.py has the server's requests.
+    # tests/inference/test_server.py covers the requests to the server.
     names = [name for name in run.CAMPAIGNS if name not in (*HERE, "http")]
     done = campaigns("--only", ",".join(names), "--jobs", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Over real HTTP: answers equal those of the model asked alone, whatever others ask, refuse to read, or hang up on."""
+"""Over real HTTP: answers equal those of the model alone, whatever other clients request, ignore or hang up on."""
 
 import asyncio
 import contextlib
@@ -72,7 +72,7 @@ class Running:
         engine = ServingEngine(tiny(), num_slots=SLOTS, max_length=MAX_LENGTH)
         self.step = engine.step
         if slow:
-            # Texts that take their time, one token after another.
+            # Generate slowly, one token at a time.
             engine.step = lambda max_tokens: (time.sleep(slow), self.step(min(max_tokens, 1)))[1]
         self.engine = engine
         score = PromptScorer(tiny())
@@ -253,7 +253,7 @@ def test_streams_add_up_to_the_answer_and_end_with_the_usage(server):
 
 
 def text_with_long_letters() -> tuple[int, str]:
-    """A seed whose text has letters of several bytes."""
+    """A seed whose text has multi-byte characters, and that text."""
     for seed in range(200):
         text = alone("é", max_tokens=40, temperature=1.0, seed=seed).text
         if any(ord(letter) > 127 and letter != "\ufffd" for letter in text):
@@ -279,7 +279,7 @@ def test_stop_strings_end_texts_wherever_pieces_part(server):
         assert answer["choices"][0]["finish_reason"] == "stop"
         assert answer["usage"]["completion_tokens"] == expected.tokens
         assert joined(server.stream(**asked)) == expected.text
-    # A special token may be a stop, too.
+    # A special token may be a stop string, too.
     assert server.ask(prompt="What is", max_tokens=40, seed=1, stop="<pad>")["usage"]["completion_tokens"] <= 40
     server.wait_until(server.is_idle)
 
@@ -288,7 +288,7 @@ forward = nnx.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)))
 
 
 def log_probabilities(ids: list[int]) -> np.ndarray:
-    """Of every token of the vocabulary at every place, by the plain forward pass."""
+    """Computes the whole vocabulary's log-probabilities at every position by the plain forward pass."""
     padded = np.zeros((1, MAX_LENGTH), np.int32)
     padded[0, : len(ids)] = ids
     return np.asarray(forward(tiny(), jnp.asarray(padded)))[0, : len(ids)]
@@ -300,7 +300,7 @@ def test_logprobs_are_those_of_the_forward_pass(server):
     answer = server.ask(prompt="What is", max_tokens=10, temperature=0, logprobs=3, echo=True, ignore_eos=True)
     choice = answer["choices"][0]
     likely = choice["logprobs"]
-    # Without the begin token, which the server adds: one entry for each token that the client knows of.
+    # One entry for each token that the client knows of, so without the begin token that the server adds.
     assert len(likely["tokens"]) == len(likely["token_logprobs"]) == len(prompt) + 10
     assert likely["tokens"][:7] == list("What is")
     alone_ids = [tokenizer.bos_id, *prompt]
@@ -347,7 +347,7 @@ def test_the_token_that_ends_a_text_has_a_log_probability_too(server):
     @jax.jit
     @jax.vmap
     def first_token(seed: jax.Array) -> jax.Array:
-        """What the first draw of a seed gives, by the definition of a draw."""
+        """The first token drawn with a seed, by the definition of a draw."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 0)
         return jax.random.categorical(key, jnp.asarray(row))
 
@@ -356,7 +356,7 @@ def test_the_token_that_ends_a_text_has_a_log_probability_too(server):
     answer = server.ask(prompt="What is", max_tokens=1, seed=seed, logprobs=1, echo=True)
     choice = answer["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("What is", "stop")
-    # lm-eval leaves out the last entry, which it takes for the token that it had to ask for.
+    # lm-eval drops the last entry, assuming that it belongs to the one token that it has to request.
     assert choice["logprobs"]["tokens"] == [*"What is", "<eos>"]
     assert choice["logprobs"]["token_logprobs"][-1] == pytest.approx(float(row[tokenizer.eos_id]), abs=1e-4)
     assert max(choice["logprobs"]["top_logprobs"][-1].values()) == pytest.approx(float(max(row)), abs=1e-4)
@@ -383,7 +383,7 @@ def test_who_hangs_up_frees_the_slot_and_the_place_in_the_queue():
             connection.request("POST", "/v1/completions", asked, JSON)
             connections.append(connection)
         server.wait_until(lambda: server.scheduler.num_running == SLOTS and server.scheduler.num_waiting == 3)
-        # The last ones wait in the queue.
+        # The last two wait in the queue.
         for connection in connections[-2:]:
             connection.close()
         server.wait_until(lambda: server.scheduler.num_waiting == 1)
@@ -474,14 +474,14 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back():
         for connection in connections:
             connection.close()
         server.wait_until(server.is_idle)
-        # Nothing of what was refused was read, and nobody got a whole answer: the time of neither makes the others
-        # look fast, by which the time to come back is estimated.
+        # Neither refused nor abandoned requests count: they would make answers look fast, and Retry-After is
+        # estimated from these.
         metrics = server.send("GET", "/metrics")[2].decode()
         assert f"memjax_prompt_tokens_total {2 * (SLOTS + 2)}\n" in metrics
         assert "memjax_request_seconds_count 0\n" in metrics
         server.ask(prompt="x", max_tokens=1)
         assert "memjax_request_seconds_count 1\n" in server.send("GET", "/metrics")[2].decode()
-        # More than ever fit are not told to come back.
+        # A request that can never fit is not told to retry.
         status, error = server.refused({"prompt": "x", "n": 3})
         assert (status, error["param"]) == (400, "n")
 
@@ -626,7 +626,7 @@ def test_a_name_that_is_there_twice_is_found_without_comparing_all_with_all():
 
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_whatever_clients_send_is_answered_or_refused_with_a_reason(server, count):
-    """Odd values in bodies, damaged bytes, huge prompts, odd heads and broken chunks."""
+    """Sends odd values, damaged bytes, huge prompts, odd headers and broken chunks."""
     rng, statuses = random.Random(count), set()
     for _ in range(count):
         how, raw, complete = clients.hostile(rng)
@@ -643,7 +643,7 @@ def test_paths_methods_and_types_that_are_not_served(server):
         status, _, answer = server.send("GET", path.replace("\x7f", "%7f"))
         assert status == 404, path
         assert json.loads(answer)["error"]["message"].isprintable()
-    # Clients of a proxy send the whole address.
+    # Clients of a proxy send the absolute URL.
     for path in ("/health", "/v1/models", "/v1/models/tiny"):
         assert server.send("GET", f"http://example.org:80{path}")[::2] == server.send("GET", path)[::2]
     assert server.send("GET", "http://example.org")[0] == 404
@@ -739,7 +739,7 @@ def test_a_key_is_asked_for_everywhere_but_at_health():
 
 
 def raw_answer(server: Running, sent: bytes) -> bytes:
-    """What comes back until the server closes the connection."""
+    """Sends raw bytes, and reads until the server closes the connection."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         with contextlib.suppress(OSError):
             connection.sendall(sent)
@@ -756,7 +756,7 @@ def test_slow_and_oversized_requests_are_cut_off():
         assert status == 413
         assert "more than the 10,000 bytes" in error["message"]
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        # Far too long to be read to its end.
+        # A body far too long to be read to its end.
         endless = head + b"Content-Length: 100000000\r\n\r\n" + b" " * 200_000
         assert raw_answer(server, endless).startswith(b"HTTP/1.1 413") or not server.service.num_active
         assert raw_answer(server, head + b"Content-Length: 100\r\n\r\n{").startswith(b"HTTP/1.1 408")

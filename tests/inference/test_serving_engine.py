@@ -1,4 +1,4 @@
-"""A server's engine has its programs before requests come."""
+"""A server's engine compiles its programs before requests arrive."""
 
 import threading
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def constant(value: float, vocab_size: int = 11, *, committed: bool = False) -> 
     )
     parts = DecoderParts.of(config)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), parts.abstract_params)
-    # As a checkpoint is restored.
+    # Commits the arrays to a device, as restoring a checkpoint does.
     params = jax.device_put(params, jax.devices()[0]) if committed else params
     return parts.merge(params, {})
 
@@ -37,7 +37,7 @@ def constant(value: float, vocab_size: int = 11, *, committed: bool = False) -> 
 @pytest.fixture
 def compiled() -> list[str]:
     events: list[str] = []
-    # JAX offers no way to take one listener back; this one only adds to a list.
+    # The listener stays registered, which does no harm: it only appends to a list.
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
     return events
 
@@ -58,16 +58,16 @@ def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length(compiled, comm
     told: list[tuple[int, int]] = []
     compiled.clear()
     warm_up(engine, max_length=33, progress=lambda done, total: told.append((done, total)))
-    # Widths 16 and 32, one prompt or two: each is read and inserted, the first into no state too; two modes.
+    # Two widths and two group sizes: 4 prefills, 5 inserts (one into an empty engine), 4 starts and 2 decoding loops.
     assert told == [(done, 4 + 5 + 4 + 2) for done in range(1, 16)]
-    # Two prompts fill this engine; only its first texts are treated as such, so that is compiled when they come.
+    # One more, an insert of two prompts into the empty engine, is compiled when the largest group is tried.
     assert compiled.count(LOWERED) == 15 + 1
     compiled.clear()
     for lengths in ([3], [17, 17], [32], [31, 30]):
         write(engine, lengths)
         write(engine, lengths, sampling=SamplingConfig(temperature=1.0, top_k=3, top_p=0.5))
     assert compiled.count(COMPILED) == 0
-    # Room for many stop tokens, which takes programs of its own, is given back.
+    # Many stop tokens need a larger state, with its own programs; afterwards it shrinks again.
     write(engine, [3], stop_ids=range(5))
     write(engine, [3])
     compiled.clear()

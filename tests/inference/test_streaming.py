@@ -1,4 +1,4 @@
-"""Streams take as many tokens at a time as they can without going by jerks."""
+"""Streams decode as many tokens at a time as they can without visible pauses."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from memjax.inference.streaming import Pace
 
 
 class Clock(Engine):
-    """An engine without a model, and the time that passes while it writes: so many seconds for each token."""
+    """An engine without a model that is its own clock: each token takes so many seconds."""
 
     def __init__(self, seconds: float):
         self.now, self.seconds, self.counts = 0.0, seconds, []

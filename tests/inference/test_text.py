@@ -1,4 +1,4 @@
-"""Texts end where their stop strings say, in a batch as alone."""
+"""Texts end at their stop strings, in a batch as alone."""
 
 import functools
 from typing import Any
@@ -28,7 +28,7 @@ def tiny() -> Decoder:
 
 
 def as_lm_eval_cuts(pieces: list[str], stops: list[str]) -> str:
-    """Pieces until one of the stop strings is complete, then split at each in its turn."""
+    """Joins pieces until a stop string is complete, then splits the text at each stop string in turn."""
     text = ""
     for piece in pieces:
         text += piece
@@ -64,7 +64,7 @@ def test_a_text_is_passed_on_up_to_a_stop_string(pieces, stops):
     filter_, expected = StopStrings(stops), as_lm_eval_cuts(pieces, stops)
     passed = [filter_.push(piece) for piece in pieces]
     for count in range(len(pieces)):
-        # Nothing is taken back later, and nothing is held back that no stop string can begin with.
+        # Nothing passed on is retracted, and text is held back only if a stop string may begin with it.
         so_far = "".join(passed[: count + 1])
         assert expected.startswith(so_far)
         held = "".join(pieces[: count + 1])[len(so_far) :]
@@ -123,7 +123,7 @@ def test_texts_say_why_they_end():
     first, second = continue_texts(model, tokenizer, PROMPTS[:2], stop=[stop], **options)
     assert (first.text, first.finish) == (whole[0][: whole[0].index(stop)], "stop")
     assert second.text == whole[1]
-    # A special token that is a stop string ends a text too: here whatever comes first.
+    # A special token as a stop string ends a text, too; here it is the first generated token.
     tokenizer.special_tokens["<first>"] = tokenizer.encode(whole[0])[0]
     first, _ = continue_texts(model, tokenizer, PROMPTS[:2], stop=["<first>"], **options)
     assert (first.text, first.finish, first.tokens) == ("", "end", 0)

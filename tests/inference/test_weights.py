@@ -1,4 +1,4 @@
-"""Prepared weights compute the model's own numbers, and take memory only where something was joined."""
+"""Prepared weights compute the same numbers as the model, and need memory only for joined matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
     assert isinstance(attention, JoinedAttention)
     assert ready.embed.embedding.dtype == attention.joined.rows.dtype == jnp.bfloat16
     assert attention.joined.rows.shape == (16 + 8 + 8, 16)
-    # The model is as it was.
+    # The model is unchanged.
     assert model.embed.embedding.dtype == model.blocks[0].attention.query.kernel.dtype == jnp.float32
 
 

@@ -1,4 +1,4 @@
-"""Files that lie where they should, and folders that appear whole or not at all."""
+"""Files must lie inside their folder, and folders appear complete or not at all."""
 
 import itertools
 import os
@@ -140,7 +140,7 @@ def test_the_download_cache_keeps_its_links(tmp_path):
 
 
 def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+    os.mkfifo(tmp_path / "pipe")  # opening it would block forever
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder", "nothing"):
         with pytest.raises(CheckpointError, match="is missing, or not a file"):

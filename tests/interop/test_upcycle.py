@@ -1,4 +1,4 @@
-"""A dense model with a memory beside its feed-forward layers is the same function, until the memory is trained."""
+"""A dense model with a memory beside its feed-forward layers computes the same function until it is trained."""
 
 import dataclasses
 from functools import partial

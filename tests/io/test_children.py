@@ -1,4 +1,4 @@
-"""Signals that are blocked wait, and the process that tracks locks ignores those of its group."""
+"""Blocked signals stay pending, and the resource tracker ignores signals to its process group."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Of errors that nothing has caught only those of closed event loops are not shown."""
+"""Among uncaught errors, only those of closed event loops are hidden."""
 
 import sys
 import threading

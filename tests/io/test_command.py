@@ -1,4 +1,4 @@
-"""What commands do before and after their work."""
+"""Set-up and clean-up that all commands share."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The cache of compiled programs: where it is, what is kept out of it, and that damage costs a compilation only."""
+"""The cache of compiled programs: its location, what is kept out of it, and that damage only costs a compilation."""
 
 import json
 import os
@@ -26,7 +26,7 @@ print(float(jax.jit(lambda x: jnp.sin(x) + 1)(0.0)), events.count("cache_hits"),
 
 
 def run(**env: str) -> list[str]:
-    """Value, hits, misses and folder, as a new process prints them, and nothing else."""
+    """Runs PROGRAM in a new process, and returns its output: value, hits, misses and folder."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "MEMJAX_", "XDG_"))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -50,13 +50,13 @@ def test_a_second_start_compiles_nothing_and_damage_is_compiled_again(tmp_path):
     assert folder.stat().st_mode & 0o77 == 0
     assert run(**cache)[:3] == ["1.0", misses, "0"]
     (path,) = folder.glob("*-cache")
-    # A checksum is known of this one; a part of an entry is found without one.
+    # This damage shows by the checksum; a truncated entry is noticed without one.
     path.write_bytes(zlib.compress(b"a program of another machine"))
     assert run(**cache)[:3] == ["1.0", "0", misses]
     path.write_bytes(path.read_bytes()[:-9])
     (folder / "checked.json").write_text("[[[")
     assert run(**cache)[:2] == ["1.0", "0"]
-    os.utime(path, (0, 0))  # so that it is not one that another process is writing
+    os.utime(path, (0, 0))  # old enough not to look like one that another process is writing
     compilation_cache._tidy(folder)
     assert list(folder.glob("*-cache")) == []
 
@@ -69,7 +69,7 @@ def test_one_variable_turns_it_off(tmp_path, env):
 
 def test_a_folder_that_cannot_be_made_turns_it_off(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MEMJAX_COMPILE_CACHE")
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # of the suite
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # set by the suite
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert compilation_cache.enable() is None

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end commands in a line, wherever they come, and leave nothing half written."""
+"""Ctrl-C and SIGTERM end commands with one line whenever they arrive, and leave nothing half-written."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""Locks: one holder at a time, named to others, gone with its process, and never written through a link."""
+"""Locks have one holder, are reported to others, end with their process, and are never written through a link."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ with locked(pathlib.Path(sys.argv[1])):
 
 @pytest.fixture
 def held_elsewhere(tmp_path):
-    """held_elsewhere(path, *words): another process that holds the lock; it and what it forks end with the test."""
+    """held_elsewhere(path, *words): a process that holds the lock; it and its forks end with the test."""
     processes = []
 
     def start(path: pathlib.Path, *words: str) -> subprocess.Popen:

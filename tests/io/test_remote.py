@@ -1,4 +1,4 @@
-"""Files of other places by way of local copies: in the memory of the process, and behind a web server."""
+"""Remote files are read through local copies; here fsspec's in-memory file system and a web server."""
 
 import functools
 import http.server
@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch) -> pathlib.Path:
 
 @pytest.fixture
 def bucket() -> str:
-    """An empty folder in memory."""
+    """An empty folder in fsspec's in-memory file system."""
     return f"memory://{uuid.uuid4().hex}"
 
 
@@ -36,7 +36,7 @@ def write(address: str, content: str) -> None:
 
 @pytest.fixture
 def server(tmp_path) -> Iterator[tuple[str, pathlib.Path, list[str]]]:
-    """A web server of a folder: its address, the folder, and the paths of files that it was asked for."""
+    """Serves a folder over HTTP; yields the address, the folder and the paths of the requested files."""
     asked, folder = [], tmp_path / "served"
     folder.mkdir()
 

@@ -1,4 +1,4 @@
-"""Facts are read from JSON lines, and become the tokens that training would show."""
+"""Facts are read from JSON lines and become the tokens used in training."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Only the rows that a batch reads more than the background does are changed, and they learn the facts."""
+"""Only rows that a batch reads more than the background does are trained, and they learn the facts."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def test_scores_are_the_share_of_the_reads_times_the_rarity_of_the_slot():
     expected = reads / 12 * np.log(10 / (background + 1))
     np.testing.assert_allclose(scores(jnp.asarray(reads), jnp.asarray(background), 9), expected, rtol=1e-6)
     for rows in range(1, 7):
-        # The first is in every text, and the fourth is not read.
+        # Every text reads the first, and none reads the fourth.
         best = sorted(set(np.argsort(-expected)[:rows].tolist()) - {0, 3})
         found = np.flatnonzero(chosen(jnp.asarray(reads), jnp.asarray(background), 9, rows))
         assert found.tolist() == best
@@ -46,7 +46,7 @@ indices_of = nnx.jit(
 
 def picks_of(model, text: str) -> dict[str, np.ndarray]:
     ids = [TOKENIZER.bos_id, *TOKENIZER.encode(text)]
-    # Tokens see nothing behind them, so one program for texts of all lengths will do.
+    # Attention is causal, so padding changes nothing, and one program serves texts of all lengths.
     padded = jnp.asarray([ids + [0] * (16 - len(ids))])
     return {name: np.asarray(indices)[: len(ids)] for name, indices in indices_of(model, padded).items()}
 
@@ -76,7 +76,7 @@ def test_contexts_of_a_slot_are_those_that_read_it(model_of):
     weights = [abs(context.weight) for context in report.contexts]
     assert weights == sorted(weights, reverse=True)
     row = np.asarray(split_decoder(model)[2]["layer_2"])[slot]
-    # A plain layer of the model's own width adds the row itself; which logits gain most hangs on no weight here.
+    # A plain layer of the model's width adds the row itself, so up to its sign the ranking of logits is fixed.
     gains = row * np.asarray(model.norm.scale[...]) @ np.asarray(model.output_matrix())
     signs = {np.sign(context.weight) for context in report.contexts}
     assert signs == {1.0}
@@ -109,13 +109,13 @@ def test_facts_are_learned_in_few_rows_and_nothing_else_changes(model_of, kind):
     if kind == "peer":
         np.testing.assert_array_equal(changed["experts_2_inputs"], changed["experts_2_outputs"])
     else:
-        # The first layer's reads hang on no row that changes: the same three rows all the time.
+        # No changed row affects the first layer's reads, so it trains the same three rows in every epoch.
         assert len(changed["layer_0"]) == 3
 
 
 @pytest.mark.parametrize(("optimizer", "width", "lr"), [("sgd", 12, 30.0), ("rowwise_adam", 512, 0.03)])
 def test_tables_that_devices_share_by_columns_learn_the_same_rows(model_of, optimizer, width, lr, caplog):
-    # At most 256 columns share a second moment, so that those of 512 do so on two devices as on one.
+    # At most 256 columns share a second moment, so 512 columns are grouped alike on one and on two devices.
     config = model_of("memory_plus").config
     assert config.memory is not None
     model = drawn(dataclasses.replace(config, memory=dataclasses.replace(config.memory, value_dim=width)))
@@ -137,7 +137,7 @@ def test_tables_that_devices_share_by_columns_learn_the_same_rows(model_of, opti
 
 def test_the_step_is_compiled_once_for_a_model_on_a_device_of_its_own(model_of, caplog):
     parts, params, tables = split_decoder(model_of("memory_plus"))
-    model = parts.merge(*jax.device_put((params, tables), jax.devices()[0]))  # as one that was loaded
+    model = parts.merge(*jax.device_put((params, tables), jax.devices()[0]))  # committed, like a loaded model
     recipe = Recipe(rows=3, lr=0.3, epochs=3, batch_size=3, replay=0)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         background = count_texts(model, TOKENIZER, TEXTS, length=8, batch_size=2)

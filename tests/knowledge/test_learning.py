@@ -1,4 +1,4 @@
-"""What `learn` advises where it has not taught what was asked."""
+"""The advice of `learn` when facts remain unknown."""
 
 import numpy as np
 

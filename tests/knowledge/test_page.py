@@ -1,4 +1,4 @@
-"""The page is one file that shows its data as text, whatever the text is."""
+"""The page is a single file that shows any text as plain text."""
 
 import html.parser
 import json
@@ -14,7 +14,7 @@ HOSTILE = "</script><script>alert(1)</script><!-- @DATA@ \" ' & \u2028"
 
 
 class Outline(html.parser.HTMLParser):
-    """The elements of a page, and the text of its scripts."""
+    """Collects the elements of a page and the text of its scripts."""
 
     def __init__(self):
         super().__init__()

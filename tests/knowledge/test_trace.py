@@ -1,4 +1,4 @@
-"""What a trace tells of a slot is what the logits lose without it."""
+"""A trace's effect of a slot equals what the logits lose without that slot."""
 
 import types
 
@@ -17,10 +17,10 @@ KINDS = ["memory_plus", "plain", "gated_beside", "peer"]
 
 
 def final_stream(model, tokens) -> np.ndarray:
-    """The residual stream before the last norm, which is replaced by one that does nothing."""
+    """The residual stream before the final norm, obtained by replacing that norm by the identity."""
     parts, params, tables = split_decoder(model)
     copy = parts.merge(params, tables)
-    setattr(copy, "norm", _Nothing())  # noqa: B010  of another type than that of the class
+    setattr(copy, "norm", _Nothing())  # noqa: B010  another type than the class declares
     return np.asarray(nnx.jit(lambda m, t: m.hidden(t).states)(copy, jnp.asarray([tokens]))[0], np.float64)
 
 

@@ -1,4 +1,4 @@
-"""The norm of a table's gradient against that of the dense gradient, on one device and on meshes."""
+"""The norm of a table's row gradients equals that of the dense gradient, on one device and on meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ ROWS, WIDTH, TOKENS, PICKS = 13, 16, 8, 3
 
 def drawn(seed: int) -> RowGradient:
     rng = np.random.default_rng(seed)
-    indices = rng.integers(ROWS + 2, size=(TOKENS, PICKS)).astype(np.int32)  # from ROWS on, none exists
+    indices = rng.integers(ROWS + 2, size=(TOKENS, PICKS)).astype(np.int32)  # rows from ROWS on do not exist
     factors = rng.normal(size=(TOKENS, PICKS)), rng.normal(size=(TOKENS, WIDTH))
     return RowGradient(jnp.asarray(indices), *(jnp.asarray(factor, jnp.float32) for factor in factors))
 
@@ -55,4 +55,4 @@ def test_it_takes_no_memory_of_the_tables_size():
     memory = jax.jit(measure, donate_argnums=0).lower(table, [drawn(1)]).compile().memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes >= 2**28
-    assert memory.temp_size_in_bytes < 2**28 / 8  # a number for each row, and a chunk
+    assert memory.temp_size_in_bytes < 2**28 / 8  # one number per row, and a chunk

@@ -1,4 +1,4 @@
-"""The layers in programs of others: inside their `jax.shard_map`, on their meshes, with their layouts."""
+"""The layers in other programs: inside a user's `jax.shard_map`, meshes and layouts."""
 
 from typing import Any
 

@@ -19,7 +19,7 @@ def silu(x):
 
 
 def by_hand(layer, rows, x, *, num_heads, top_k, qk_norm, score_scale):
-    """Memory+ as the paper writes it, one token and one head at a time, over all num_keys ** 2 slots."""
+    """The paper's Memory+, one token and one head at a time, over all num_keys ** 2 slots."""
 
     def parameter(variable):
         return np.asarray(variable[...], np.float64)
@@ -54,7 +54,7 @@ def by_hand(layer, rows, x, *, num_heads, top_k, qk_norm, score_scale):
 
 
 def filled(build):
-    """What build makes, with random numbers in place of its initialisation, which would take seconds to compile."""
+    """Builds a module with random numbers, since compiling its own initialisation takes seconds."""
     graphdef, state = nnx.split(nnx.eval_shape(build))
     rng = np.random.default_rng(0)
     return nnx.merge(
@@ -63,7 +63,7 @@ def filled(build):
 
 
 def build(dtype=jnp.float32, **options):
-    """A layer whose biases are not zero, and its table."""
+    """A layer with non-zero biases, and its table."""
     sizes = {"num_keys": NUM_KEYS, "num_heads": 3, "top_k": 4, "key_dim": 8, "param_dtype": dtype}
     options = sizes | {"qk_norm": False, "score_scale": 1.0} | options
     layer = filled(lambda: MemoryLayer(DIM, rngs=nnx.Rngs(0), **options))
@@ -168,7 +168,7 @@ def test_queries_and_keys_are_told_apart_by_type():
     addresses = nnx.to_flat_state(nnx.state(layer, QueryKeyParam))
     assert [path for path, _ in addresses] == [("keys", name) for name in ("keys", "query_bias", "query_kernel")]
     assert [path for path, _ in nnx.to_flat_state(nnx.state(table, TableRows))] == [("rows",)]
-    # A subclass of Param: optimizers that select nnx.Param train it.
+    # TableRows is a subclass of Param, so optimizers that select nnx.Param train it.
     assert [path for path, _ in nnx.to_flat_state(nnx.state(table, nnx.Param))] == [("rows",)]
 
 
@@ -188,7 +188,7 @@ def test_sizes_that_do_not_fit_are_refused():
 
 @cache
 def shared():
-    """One layer, its table and an input, for what needs no particular one."""
+    """A layer, its table and an input, for tests that need no particular one."""
     layer, table = build()
     return layer, table, jax.random.normal(jax.random.key(1), (4, 3, DIM))
 
@@ -242,7 +242,7 @@ def test_checkpoint_leaves_loss_and_gradients_as_they_are():
 
 
 class Model(nnx.Module):
-    """Somebody else's model."""
+    """A user's model."""
 
     def __init__(self, rngs):
         self.table = ValueTable(NUM_KEYS**2, DIM, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The layer inside a Linen model: flax's own bridge turns it into a Linen module."""
+"""The layer inside a Linen model, through Flax's own bridge."""
 
 import flax.linen as nn
 import jax
@@ -36,7 +36,7 @@ def test_a_linen_model_trains_its_memory():
     model = Model()
     x = jax.random.normal(jax.random.key(0), (32, 4))
     y = jnp.sin(3 * x[:, :1])
-    # Table and addresses are collections of their own, so all variables are trained, not only `params`.
+    # Table and keys are separate collections, so all variables are trained, not only `params`.
     variables = jax.jit(model.init)(jax.random.key(1), x)
     assert {"params", "TableRows", "QueryKeyParam"} == set(variables)
     assert variables["TableRows"]["memory"]["table"]["rows"].shape == (64, DIM)
@@ -55,6 +55,6 @@ def test_a_linen_model_trains_its_memory():
     assert losses[-1] < 0.3 * losses[0]
     changed = jax.tree.map(lambda old, new: bool(np.any(np.asarray(old) != np.asarray(new))), variables, trained)
     assert all(jax.tree.leaves(changed))
-    # Without what the table learned the model is worse.
+    # The model is worse without what the table has learned.
     forgetful = {**trained, "TableRows": variables["TableRows"]}
     assert step(forgetful, state)[2] > losses[-1]

@@ -1,4 +1,4 @@
-"""`memjax.value_and_grad` and `memjax.Optimizer` against plain autodiff and against the explicit form, in float64."""
+"""`memjax.value_and_grad` and `memjax.Optimizer` against plain autodiff and the explicit form, in float64."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def data():
 
 
 def assert_same_gradients(gradients, expected):
-    """Row gradients add up to the dense gradients of the tables, and all other gradients are the same."""
+    """Checks that row gradients sum to the tables' dense gradients, and that all others are equal."""
     for name in TABLES:
         dense = expected[name]["rows"][...]
         assert np.any(dense)
@@ -200,7 +200,7 @@ def test_a_norm_to_clip_to_is_positive():
 
 
 class OneLayer(nnx.Module):
-    """A memory layer with a table of its own."""
+    """A memory layer with its own table."""
 
     def __init__(self, width: int, *, num_keys: int):
         self.table = ValueTable(num_keys**2, width, rngs=nnx.Rngs(0))
@@ -230,7 +230,7 @@ def test_the_step_of_a_model_on_a_device_of_its_own_is_compiled_once(caplog):
         optimizer.update(model, memjax.value_and_grad(loss_fn)(model, x, x)[1])
 
     model, x = OneLayer(8, num_keys=4), jnp.ones((8, 8), jnp.float32)
-    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))  # as one that was loaded
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))  # committed, like a loaded model
     optimizer = memjax.Optimizer(model, dense=optax.adam(1e-3), tables=RowOptimizer(1.0))
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for _ in range(3):
@@ -319,7 +319,7 @@ def test_transformations_may_be_of_any_class_with_their_methods():
     ("names", "axis_type", "spec"),
     [
         (("dp", "tp"), AxisType.Explicit, P(None, "tp")),
-        # A device has fewer columns of the table than the default rule has a state for.
+        # A device holds fewer columns of the table than share a state by default.
         (("data", "memory"), AxisType.Auto, P(None, "memory")),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""The PEER layer against its formula and its gradients, written as loops over tokens, heads and experts."""
+"""The PEER layer and its gradients against loops over tokens, heads and experts."""
 
 import math
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def d_gelu(x):
 
 
 def by_hand(p, x, factors, score_scale):
-    """Outputs of the tokens x, and the gradients of sum(factors * outputs), expert by expert."""
+    """Outputs for the tokens x and gradients of sum(factors * outputs), one expert at a time."""
     y, half = np.zeros_like(x), KEY_DIM // 2
     d = SimpleNamespace(x=np.zeros_like(x), **{name: np.zeros_like(array) for name, array in vars(p).items()})
     for t, head in np.ndindex(len(x), HEADS):
@@ -63,7 +63,7 @@ def by_hand(p, x, factors, score_scale):
 
 
 def filled(build):
-    """What build makes, with random numbers in place of its initialisation, which would take seconds to compile."""
+    """Builds a module with random numbers, since compiling its own initialisation takes seconds."""
     graphdef, state = nnx.split(nnx.eval_shape(build))
     rng = np.random.default_rng(0)
     return nnx.merge(
@@ -72,7 +72,7 @@ def filled(build):
 
 
 class Experts(nnx.Module):
-    """Somebody else's model: the layer with its tables."""
+    """A user's model: the layer with its tables."""
 
     def __init__(self, rngs, dtype=jnp.float32, **options):
         sizes: dict[str, Any] = {"num_keys": NUM_KEYS, "num_heads": HEADS, "top_k": TOP_K, "key_dim": KEY_DIM}
@@ -91,7 +91,7 @@ def build(dtype=jnp.float32, **options):
 
 
 def parameters(model):
-    """Parameters, or their gradients, by the names of `by_hand`."""
+    """Parameters or their gradients, named as in `by_hand`."""
     found = {
         "keys": model.layer.keys.keys,
         "kernel": model.layer.keys.query_kernel,

@@ -1,4 +1,4 @@
-"""Which way row gradients cross the data axis, and what it takes."""
+"""How row gradients are reduced over the data axis, and what each way costs."""
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ def shapes(tokens, picks=4, columns=256, rows=1000):
 
 def test_bytes_by_hand():
     found = reduce_bytes(*shapes(80), data_axis=4, memory_axis=2)
-    # Two layers of 80 tokens: 4 picks of 8 bytes each, and 128 columns of 2 bytes; a quarter of it is there already.
+    # Two layers of 80 tokens, each with 4 picks of 8 bytes and 128 columns of 2 bytes; a quarter is local.
     assert found["all_gather"] == ReduceBytes(2 * 80 * (32 + 256) * 3 // 4, 0, 2 * 80 * (4 * 40 + 256))
-    # 1000 rows of 128 columns and a count, 4 bytes each, sent to be summed and as sums. The gradient and five blocks of
-    # it (all, here) are held, and of one layer of 20 tokens the picks, gathered and sorted, with their vectors.
+    # 1000 rows of 128 columns and a count, 4 bytes each, are sent twice: to be summed, and as sums. Held in memory are
+    # the gradient, five blocks of it (here each is all of it), and one layer's gathered and sorted picks with vectors.
     assert found["all_reduce"] == ReduceBytes(2 * 1000 * 129 * 4 * 3 // 4, 6 * 1000 * 128 * 4, 20 * (32 + 160 + 256))
 
 
@@ -30,7 +30,7 @@ def test_bytes_by_hand():
         (100, 4, "all_reduce", "all_reduce"),
         (100_000, 4, "auto", "all_reduce"),
         (100_000, 4, "all_gather", "all_gather"),
-        # nothing crosses `data`: all_reduce only where the picks cannot be sorted at once.
+        # Nothing crosses `data`, so all_reduce is needed only if the picks cannot be sorted at once.
         (100_000, 1, "auto", "all_gather"),
         (2**28, 1, "auto", "all_reduce"),
     ],
@@ -42,8 +42,8 @@ def test_auto_takes_what_needs_fewer_bytes_and_a_wish_is_met(tokens, data_axis, 
 @pytest.mark.parametrize(
     ("wanted", "tokens", "count", "expected"),
     [
-        # 1000 rows of 256 columns in float32 and five blocks of these are 6.1 MB; a token of two layers is 1.1 kB, and
-        # as much again with 40 bytes a pick while it is sorted.
+        # 1000 float32 rows of 256 columns and five blocks of them are 6.1 MB; a token of two layers is 1.1 kB, and the
+        # same again plus 40 bytes a pick while sorting.
         ("auto", 100, 20, False),
         ("auto", 100, 40, True),
         ("auto", 4000, 1, False),

@@ -1,4 +1,4 @@
-"""Layers refuse what does not fit them, take no token at all, and keep the rules of the config."""
+"""Layers refuse inputs that do not fit, accept zero tokens, and enforce the config's rules."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The operations of a memory layer on meshes equal the plain ones."""
+"""The sharded operations of a memory layer equal the plain ones."""
 
 import math
 import re
@@ -46,7 +46,7 @@ def draw(seed=0):
 
 
 def on_mesh_and_alone(shape, function, *arguments):
-    """Results of a jitted function under a mesh and without one, in x64."""
+    """Runs a jitted function with and without a mesh, in x64."""
     with jax.enable_x64(True):
         alone = jax.jit(lambda *arguments: function(*arguments))(*arguments)
         with jax.set_mesh(make_mesh(shape)):
@@ -130,7 +130,7 @@ RULE = RowRule(state_columns=8, eps=1e-3)
 @every_mesh
 @pytest.mark.parametrize("collective", ["all_gather", "all_reduce"])
 def test_row_update_equals_the_plain_one(shape, collective):
-    # Row by row and few picks at a time, where the table is small.
+    # Small pieces and blocks, so that even this small table needs several.
     cut = {"collective": collective, "piece_picks": 4, "block_bytes": 7 * COLUMNS * 8}
     table, *_ = draw()
     picks = [draw(seed)[1:] for seed in (1, 2)]
@@ -258,7 +258,7 @@ def test_without_a_memory_axis_the_operations_are_the_plain_ones():
 
 
 class Model(nnx.Module):
-    """Somebody else's model."""
+    """A user's model."""
 
     def __init__(self, rngs):
         self.table = ValueTable(25, 64, rngs=rngs)
@@ -275,7 +275,7 @@ class Model(nnx.Module):
 
 
 def train(place):
-    """Outputs and losses of a few steps of a foreign optimizer; `place` puts the batch."""
+    """Outputs and losses of a few steps with a foreign optimizer; `place` shards the batch."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
     rng = np.random.default_rng(0)
 
@@ -341,7 +341,7 @@ def test_the_layout_of_a_projection_over_tensor_is_not_carried_into_the_table(sh
     table, indices, weights, vectors = (
         jnp.asarray(array, jnp.int32 if i == 1 else "float32") for i, array in enumerate(draw())
     )
-    split = NamedSharding(mesh, P("tensor"))  # as the projection behind a bag: its inputs are the table's columns
+    split = NamedSharding(mesh, P("tensor"))  # like the projection after a bag, whose inputs are the table's columns
     project = jax.device_put(jnp.ones((COLUMNS, COLUMNS)), split)
     with jax.set_mesh(mesh):
         text = jax.jit(train).lower(table, project, indices, weights, jnp.zeros_like(vectors)).compile().as_text()
@@ -350,7 +350,7 @@ def test_the_layout_of_a_projection_over_tensor_is_not_carried_into_the_table(sh
     shapes = re.findall(r"= \(?" + collective, text)
     assert shapes
     assert not any(shape.startswith((f"f32[{ROWS},", f"f32[{ROWS * COLUMNS}")) for shape in shapes)
-    # Picks are summed in a loop, each device for itself: collectives of the runtime have no order with those outside.
+    # The loop over picks must be free of collectives, which would not be ordered with those outside it.
     loops = set(re.findall(r"body=(%\S+?)[,\s]", text))
     inside = [part for part in text.split("\n\n") if part.split(" ")[0] in loops]
     assert loops

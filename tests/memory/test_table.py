@@ -18,7 +18,7 @@ def make_mesh(shape, axis_type):
     return jax.make_mesh(shape, ("data", "memory"), axis_types=axis_types, devices=devices)
 
 
-# Blocks of 40 rows, which leaves an incomplete one at the end.
+# Blocks of 40 rows, with an incomplete last one.
 draw_in_blocks = partial(draw_rows, num_slots=ROWS, value_dim=COLUMNS, std=0.5, block_elements=40 * COLUMNS)
 
 
@@ -53,7 +53,7 @@ def test_rows_are_normal_with_the_standard_deviation_asked_for():
     table = ValueTable(512, 128, init_scale=2.0, rngs=nnx.Rngs(0))
     assert isinstance(table.rows, TableRows)
     rows = np.asarray(table.rows[...], np.float64) / (2 * 128**-0.5)
-    # Five standard deviations of each moment over 65,536 draws.
+    # Within five standard errors of each moment over 65,536 draws.
     assert abs(rows.mean()) < 5 / 256
     assert abs(rows.std() - 1) < 5 / 256 / 2**0.5
     assert abs(np.mean(rows**4) - 3) < 5 * 96**0.5 / 256

@@ -20,7 +20,7 @@ def turn(x, positions):
 
 
 def normed(heads, norm):
-    """Heads [s, n, h], each at length sqrt(h) or all of them together at sqrt(n * h), times a scale."""
+    """RMS-normalises heads [s, n, h], each head alone or all heads of a token together, and scales them."""
     if norm is None:
         return heads
     scale = np.asarray(norm.scale[...], np.float64)
@@ -125,7 +125,7 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(dtype, window
     with jax.enable_x64(dtype == "float64"):
         layer, x = build(2, dtype, sliding_window=window)
         expected = run(layer, x, COUNTING)
-        # Longer than the sequence, with rubbish where nothing was written yet.
+        # Longer than the sequence, with garbage where nothing has been written yet.
         cache = KeyValues(*(jnp.full((2, 2, LENGTH + 3, DIM // HEADS), 7.0, dtype) for _ in range(2)))
         extend = nnx.jit(lambda layer, *arguments: layer.with_cache(*arguments))
         pieces, start = [], 0

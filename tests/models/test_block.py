@@ -1,4 +1,4 @@
-"""What a profile calls the parts of a block."""
+"""The names of a block's parts in a profile."""
 
 import jax
 import jax.numpy as jnp

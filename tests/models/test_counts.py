@@ -23,18 +23,18 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
     ("preset", "billions"),
     [
-        # Table 1 of arXiv:2412.09764; it prints 3.377 for the plain memory, whose shapes give 3.378.
+        # From Table 1 of arXiv:2412.09764, which prints 3.377 for the plain memory although its shapes give 3.378.
         pytest.param("1.3b_memory", 3.378, marks=pytest.mark.slow),
         pytest.param("1.3b_memory_plus_1m", 3.368, marks=pytest.mark.slow),
         pytest.param("1.3b_memory_plus_4m", 9.823, marks=pytest.mark.slow),
         pytest.param("1.3b_memory_plus_16m", 35.618, marks=pytest.mark.slow),
         pytest.param("1.3b_memory_plus_64m", 138.748, marks=pytest.mark.slow),
-        pytest.param("1.3b_moe", 3.546, marks=pytest.mark.slow),  # it prints 3.545
+        pytest.param("1.3b_moe", 3.546, marks=pytest.mark.slow),  # the table prints 3.545
         pytest.param("1.3b_dense", 1.262, marks=pytest.mark.slow),
         pytest.param("1.3b_peer", 3.646, marks=pytest.mark.slow),
         ("134m_dense", 0.134),
         pytest.param("373m_dense", 0.374, marks=pytest.mark.slow),
-        # Not printed there, by the same formula.
+        # Not in the table; by the same formula.
         ("134m_peer", 1.037),
         pytest.param("373m_peer", 1.575, marks=pytest.mark.slow),
         pytest.param("720m_peer", 2.517, marks=pytest.mark.slow),
@@ -63,7 +63,7 @@ def test_counts_by_hand():
 
 @pytest.mark.parametrize(
     ("size", "billions"),
-    # The second is Table 1's, the first follows from its formula. They leave routers out.
+    # The second is from Table 1, the first follows from its formula; neither counts routers.
     [("134m", 0.983), pytest.param("1.3b", 3.545, marks=pytest.mark.slow)],
 )
 def test_presets_with_experts_have_the_published_size_and_the_arithmetic_of_their_dense_model(size, billions):
@@ -103,7 +103,7 @@ def test_flops_are_those_that_xla_counts():
     forward = jax.jit(lambda params, tokens: parts.merge(params, {})(tokens))
     analysis = forward.lower(parts.abstract_params, tokens).compile().cost_analysis()
     assert isinstance(analysis, dict)
-    # Forward and backward are three forward passes. XLA also computes the masked half of attention.
+    # Forward and backward cost three forward passes. XLA also computes the masked half of attention.
     masked_half = 2 * length * 2 * 48 * config.num_layers
     counted = 3 * (analysis["flops"] / length - masked_half)
     assert training_flops(parts, length).total == pytest.approx(counted, rel=0.03)
@@ -132,7 +132,7 @@ def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_befo
     parts, length = DecoderParts.of(config), 64
 
     def counted(freeze_dense: bool) -> float:
-        """What XLA counts of a loss and its gradient, by token."""
+        """XLA's FLOPs per token of a loss and its gradient."""
         optim = OptimConfig(freeze_dense=freeze_dense)
 
         def loss(params, tables, tokens):
@@ -147,13 +147,13 @@ def test_frozen_parts_compute_no_gradients_of_their_weights_and_none_at_all_befo
         return analysis["flops"] / length
 
     attention, feed_forward, head = 4 * 128 * 128, 3 * 128 * 352, 128 * 512
-    # Scores and weighted values of a token that sees half of the sequence.
+    # Scores and weighted values of a token that on average attends to half of the sequence.
     seen = length // 2 * 128 * 2
     before = 2 * attention + feed_forward
     by_hand = 4 * before + 2 * (attention + feed_forward + head) + 4 * 2 * seen
     both = (training_flops(parts, length, freeze_dense=frozen).total for frozen in (False, True))
     assert next(both) - next(both) == by_hand
-    # XLA also computes the masked half of the attention, and counts norms, gates and softmax: here a thirtieth of it.
+    # XLA also computes the masked half of attention and counts norms, gates and softmax, here a thirtieth of the total.
     masked = 4 * 2 * seen
     assert counted(False) - counted(True) == pytest.approx(by_hand + masked, rel=0.04)
 
@@ -166,7 +166,7 @@ def test_a_peer_layer_by_hand():
     counts, before = count_parameters(parts), count_parameters(without)
     assert counts.table == 2 * 16**2 * 16
     assert counts.dense - before.dense == queries + 2 * 8 + 2 * 2 * 16 * 4 - feed_forward
-    # Of both tables a token uses the rows of its 2 x 4 experts.
+    # A token uses the rows of its 2 x 4 experts in both tables.
     reads = 2 * 2 * 4 * 16
     assert counts.active - before.active == counts.dense - before.dense + reads
     flops = training_flops(parts, 8)
@@ -179,7 +179,7 @@ def test_a_window_counts_the_tokens_that_are_seen():
     parts = [DecoderParts.of(dataclasses.replace(whole, sliding_window=window)) for window in (None, 64, 16)]
     full, long, short = (training_flops(part, 64).total for part in parts)
     assert full == long
-    # Seen places up to each token's own half, as the formula counts them: areas of the mask, by hand.
+    # Areas of the mask by hand; like the formula, they count each token's own position half.
     area = 64 * 64 / 2 - 48 * 48 / 2
     assert full - short == 12 * 3 * 16 * (64 * 64 / 2 - area) / 64
 

@@ -58,7 +58,7 @@ TOKENS = np.random.default_rng(0).integers(40, size=(2, 7)).astype(np.int32)
 
 @cache
 def build(name):
-    """A decoder with random numbers in place of its initialisation, which would take seconds to compile."""
+    """A decoder with random numbers, since compiling its own initialisation takes seconds."""
     parts, rng = DecoderParts.of(CONFIGS[name]), np.random.default_rng(0)
 
     def draw(leaf):
@@ -78,7 +78,7 @@ def norm(layer, x):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_layers_put_together_by_hand(name):
-    """All kinds of layers have tests of their own; here they are called one by one."""
+    """Calls the layers one by one; each kind of layer has its own tests."""
     model, config = build(name), CONFIGS[name]
     positions = np.broadcast_to(np.arange(7, dtype=np.int32), TOKENS.shape)
     embedding = np.asarray(model.embed.embedding[...], np.float64)
@@ -166,7 +166,7 @@ def loss_and_reads(parts, params, tables, perturbations, remat):
 
 @cache
 def compiled_gradient(remat, forget=False):
-    """value_and_grad in parameters, tables and perturbations; `forget` recomputes everything, whatever remat says."""
+    """Compiles value_and_grad over parameters, tables and perturbations; `forget` overrides remat to recompute all."""
     parts, *arrays = split_decoder(build("shared tables"))
     policy = jax.checkpoint_policies.nothing_saveable
     wrap = (lambda function: jax.checkpoint(function, policy=policy)) if forget else (lambda function: function)
@@ -187,7 +187,7 @@ def test_remat_leaves_loss_and_gradients_as_they_are(remat):
 
 
 def count_searches(compiled):
-    """Selections of the best in optimised code: a custom call on CPUs, an instruction or a sort elsewhere."""
+    """Counts top-k selections in optimised code: a custom call on CPUs, an instruction or a sort elsewhere."""
     return len(re.findall(r'custom_call_target="[^"]*TopK[^"]*"| topk\(| sort\(', compiled.as_text()))
 
 

@@ -74,7 +74,7 @@ def test_gradients_of_chunks_are_those_of_the_whole_and_hold_no_square_of_scores
 
 
 def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
-    """What is asked of cuDNN's kernel, answered by XLA's, which has the same interface."""
+    """Calls meant for cuDNN's kernel are answered by XLA's, which has the same interface."""
     asked, plain = [], jax.nn.dot_product_attention
 
     def answer(*arrays, implementation, **options):
@@ -139,6 +139,6 @@ def test_cudnn_gives_what_chunks_give(window, documents):
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
-    # Eight bits of mantissa, and weights rounded to them before they are summed with values.
+    # bfloat16 has eight bits of precision, and cuDNN rounds the weights to it before it sums the values.
     for one, other in zip(jax.tree.leaves(run("cudnn")), jax.tree.leaves(run("chunked")), strict=True):
         np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=3e-2, atol=3e-2)

@@ -20,7 +20,7 @@ def test_kernels_are_drawn_from_a_normal_cut_at_three_deviations():
     drawn = linear(64, 512, dtype=None, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     kernel = np.asarray(drawn.kernel[...]) * 8
     assert drawn.bias is None
-    # jax divides by the deviation of the cut normal, so that its deviation is the one asked for.
+    # JAX corrects for the smaller deviation of the truncated normal, so the result has the requested one.
     assert 2.5 < np.abs(kernel).max() < 3.1
     np.testing.assert_allclose(kernel.std(), 1, atol=0.02)
 

@@ -126,7 +126,7 @@ def test_gradients_of_bfloat16_run_on_this_device(tie_embeddings, chunk_tokens):
     expected, found = (
         compiled(given[0], x)[0] for compiled, x in ((wide, hidden), (narrow, hidden.astype("bfloat16")))
     )
-    # Sums of at most 14 products of factors that are rounded to 8 bits.
+    # Sums of at most 14 products of factors rounded to 8 bits.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.1, atol=0.03), expected, found)
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from memjax.models.moe import MoE, Routing, router_statistics
 
 SEQUENCES, LENGTH, DIM, HIDDEN, EXPERTS = 8, 5, 4, 3, 3
-# Padding comes last; the last sequence has nothing else.
+# Padding comes last; the last sequence consists of padding only.
 REAL = np.arange(LENGTH)[None, :] < np.array([5, 4, 2, 1, 5, 3, 5, 0])[:, None]
 WAYS: dict[str, dict[str, Any]] = {
     "top 2": {"top_k": 2},
@@ -70,7 +70,7 @@ def layer_of(params, **way):
 
 
 def run(params, x, factors, way):
-    """Outputs, routing, and gradients of sum(factors * sin(out)), where padding learns nothing."""
+    """Outputs, routing and gradients of sum(factors * sin(out)), with padding masked out of the loss."""
 
     def loss(params, x):
         out, routing = layer_of(params, **way)(x, jnp.asarray(REAL), training=True)
@@ -139,7 +139,7 @@ def test_without_training_experts_do_not_choose():
 
 def test_experts_without_tokens_learn_nothing():
     params, x = draw()
-    # A constant in every token lets the router ignore the others.
+    # A constant feature in every token lets the router ignore the others.
     x[..., 0], params["router"] = 1, np.zeros((DIM, EXPERTS))
     params["router"][0] = [0, 5, -5]
     with jax.enable_x64(True):

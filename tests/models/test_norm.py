@@ -8,7 +8,7 @@ from memjax.models.norm import RMSNorm
 
 
 def run(implementation, x):
-    """The norm, and the gradients of a loss that uses the input beside it."""
+    """The norm, and the gradients of a loss that also uses the norm's input."""
     norm = RMSNorm(8, epsilon=1e-5, dtype=None, param_dtype=jnp.float32, implementation=implementation)
     graphdef, params = nnx.split(norm)
 

@@ -89,7 +89,7 @@ def test_perturbations_are_zeros_of_the_shapes_and_types_of_what_is_read():
 
 
 def test_the_time_to_describe_a_decoder_grows_with_its_layers_and_not_with_their_square(monkeypatch):
-    """Asked for the sharding of a traced value, JAX walks through all it has traced to explain why not."""
+    """Asked for the sharding of a traced value, JAX walks through the whole trace to explain the error."""
     asked = []
 
     def sharding(tracer):

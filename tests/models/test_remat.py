@@ -9,7 +9,7 @@ TOKENS, WIDTH, HIDDEN = 16, 24, 40
 
 
 def kept(remat, mesh):
-    """Shapes of what the backward pass of a small block is given."""
+    """The shapes that a small block saves for its backward pass."""
 
     def block(weights, x):
         first, second, last = gathered(weights)
@@ -35,5 +35,5 @@ def test_with_none_nothing_is_done_again_on_several_devices_either(mesh):
 def test_policies_keep_what_they_name(remat, products, mesh):
     shapes = kept(remat, mesh)
     assert shapes.count((TOKENS, HIDDEN)) == products
-    # The weights as they lie on the devices, not gathered as well.
+    # Weights are saved once, and not in gathered form as well.
     assert shapes.count((WIDTH, HIDDEN)) == 2

@@ -12,7 +12,7 @@ rotated = jax.jit(rotate, static_argnums=(2, 3))
 
 
 def stretched(frequency, scaling):
-    """Llama 3.1's rule, by the wave's length in tokens."""
+    """Llama 3.1's rule, by the wavelength in tokens."""
     length = 2 * np.pi / frequency
     if length < scaling.original_length / scaling.high_freq_factor:
         return frequency
@@ -24,7 +24,7 @@ def stretched(frequency, scaling):
 
 
 def by_hand(x, positions, theta, scaling=None):
-    """Every pair (x[i], x[i + h/2]) as a complex number, turned by its angle."""
+    """Rotates every pair (x[i], x[i + h/2]) as a complex number by its angle."""
     half = x.shape[-1] // 2
     out = np.zeros(x.shape)
     for place in np.ndindex(x.shape[:-1]):
@@ -70,7 +70,7 @@ def test_slow_frequencies_are_stretched_and_fast_ones_stay():
     x, positions = rng.normal(size=(1, 4, 2, 16)), rng.integers(0, 1000, size=(1, 4)).astype(np.int32)
     frequencies = 1000.0 ** (-np.arange(8) / 8)
     ratios = np.array([stretched(frequency, scaling) for frequency in frequencies]) / frequencies
-    # All three cases are there.
+    # All three cases occur.
     assert ratios[0] == 1
     assert ratios[-1] == 1 / 8
     assert any(1 / 8 < ratio < 1 for ratio in ratios)
@@ -80,7 +80,7 @@ def test_slow_frequencies_are_stretched_and_fast_ones_stay():
 
 
 def _frequency(scaling: RopeScalingConfig, number: int, width: int, theta: float, length: int) -> float:
-    """A pair's turn from one position to the next, by the formulas of the papers."""
+    """A pair's angle between neighbouring positions, by the papers' formulas."""
     plain = theta ** (-2 * number / width)
     if scaling.kind == "linear":
         return plain / scaling.factor
@@ -89,7 +89,7 @@ def _frequency(scaling: RopeScalingConfig, number: int, width: int, theta: float
         return (theta * stretch ** (width / (width - 2))) ** (-2 * number / width)
     if scaling.kind == "longrope":
         return plain / (scaling.long_factor if length > scaling.original_length else scaling.short_factor)[number]
-    # yarn: the number of the pair that turns so often within the original length, rounded outwards.
+    # yarn: the (fractional) index of the pair that makes so many turns within the original length; rounded outwards.
     pair = lambda turns: width * np.log(scaling.original_length / (turns * 2 * np.pi)) / (2 * np.log(theta))
     low, high = max(np.floor(pair(scaling.beta_fast)), 0), min(np.ceil(pair(scaling.beta_slow)), width - 1)
     share = min(max((number - low) / (high - low), 0), 1)

@@ -1,4 +1,4 @@
-"""What a comparison of runs reads, averages, notes and draws."""
+"""Comparisons of runs: what they read, smooth, note and draw."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""How long JAX compiles is told while a block runs, and no listener stays behind."""
+"""Compile time is measured while a block runs, and the listener is removed afterwards."""
 
 import threading
 

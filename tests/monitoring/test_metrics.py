@@ -1,4 +1,4 @@
-"""The metrics file, the progress line and the clock."""
+"""The metrics file, progress lines and clocks."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def test_a_long_file_is_opened_in_little_more_memory_than_it_takes(tmp_path):
     finally:
         tracemalloc.stop()
     assert read_metrics(path) == rows[:4990]
-    # The file, its lines, and what is written; as rows it was seven times its size.
+    # The file, its lines and the output; parsed into rows they would take seven times the file's size.
     assert peak < 4.5 * size
 
 
@@ -116,20 +116,20 @@ def test_progress_is_printed_at_once_then_now_and_then_and_at_the_end(monkeypatc
     now = 100.0
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
     progress = ProgressLines(first_step=10, steps=15, every_seconds=50.0)
-    # Between the steps there is time that is not theirs: compilation, validation.
+    # Time between the steps is spent on compilation and validation.
     for step, seconds, now in ((11, 2.0, 149.0), (12, 6.0, 160.0), (13, 1.0, 200.0), (15, 0.5, 201.0)):  # noqa: B007
         progress.show(row(step, seconds))
     stamped = capsys.readouterr().out.splitlines()
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step .*", line) for line in stamped)
     lines = [line[21:] for line in stamped]
     assert [line.split()[1] for line in lines] == ["11/15", "13/15", "15/15"]
-    # 2000 tokens in 7 s; 2 steps are left at 3 s each, whatever went by between them and before a resumption.
+    # 2000 tokens in 7 s; the 2 steps left take 3 s each, whatever happened between steps or before a resumption.
     assert lines[1] == "step 13/15   87%  loss 2.5000  lr 1.0e-03  286 tokens/s  elapsed 1:40  left 0:06"
     assert lines[2].endswith("2,000 tokens/s  elapsed 1:41  left 0:00")
 
 
 def shown(written: str) -> list[str]:
-    """The lines that a terminal shows: what a line held before it was cleared is gone."""
+    """The lines that a terminal shows, without what was cleared."""
     return re.sub(r"[^\n]*\r\x1b\[K", "", written).split("\n")
 
 
@@ -227,7 +227,7 @@ def test_lines_wait_while_the_disk_is_full_and_follow_in_order(tmp_path, monkeyp
     assert real is not None
 
     class Full:
-        """Writes the first bytes of what it is given, as a disk does that has little room."""
+        """Writes only the first bytes, like a disk that is almost full."""
 
         def write(self, data):
             return real.write(data[:5])
@@ -243,7 +243,7 @@ def test_lines_wait_while_the_disk_is_full_and_follow_in_order(tmp_path, monkeyp
     assert printed.count("cannot be written") == 1
     assert "No space left" in printed
     assert read_metrics(path) == [{"step": 1}]
-    # Neither can what was written be taken back.
+    # Nor can the partial write be undone.
     monkeypatch.setattr(Full, "truncate", lambda *_: (_ for _ in ()).throw(OSError(5, "broken")), raising=False)
     file.write({"step": 4})
     file.flush()
@@ -284,7 +284,7 @@ def usage(step, window=None):
 @pytest.mark.parametrize(
     ("rows", "steps"),
     [
-        ([usage(100), usage(101)], [100]),  # as runs before 0.2 wrote the last row
+        ([usage(100), usage(101)], [100]),  # as versions before 0.2 wrote the last row
         ([usage(100, 100), {"step": 101}, usage(200, 100)], [100, 200]),
         ([usage(20, 20)], [20]),
         ([usage(20, 20), usage(100, 100)], [100]),  # a short run that was extended

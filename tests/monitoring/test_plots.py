@@ -1,4 +1,4 @@
-"""Plots: which files are written, and what they show."""
+"""Which plots are written, and what they show."""
 
 import pytest
 from matplotlib import image

@@ -1,11 +1,11 @@
-"""What the table of a trace says."""
+"""The table that summarises a trace."""
 
 import numpy as np
 from jax.profiler import ProfileData
 
 from memjax.monitoring.profile import Operation, describe_overlap, operations, overlaps, table
 
-# Two GPUs: one stream computes, one copies; the host's own times do not count where there are devices.
+# Two GPUs, each with a compute and a copy stream; host events do not count if there are devices.
 GPU_TRACE = """
 planes {
   name: "/device:GPU:0"
@@ -37,7 +37,7 @@ planes {
 }
 """
 
-# 1 to 5 ms a collective, beside a kernel until 3 ms; another from 6 to 7 ms alone; nothing from 5 to 6 and 7 to 8 ms.
+# A collective at 1 to 5 ms, overlapped by a kernel until 3 ms, another alone at 6 to 7 ms; idle at 5 to 6 and 7 to 8.
 OVERLAP_TRACE = """
 planes {
   name: "/device:GPU:0"
@@ -52,7 +52,7 @@ planes {
 }
 """
 
-# A loop of 10 ms with a body of 3 + 4 ms, and events that are no operations.
+# A loop of 10 ms with a body of 3 + 4 ms, and events that are not operations.
 CPU_TRACE = """
 planes {
   name: "/host:CPU"

@@ -1,4 +1,4 @@
-"""Without a terminal, progress is a line now and then, with the time that is left."""
+"""Without a terminal, progress is an occasional line with the remaining time."""
 
 import pytest
 

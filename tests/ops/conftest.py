@@ -1,4 +1,4 @@
-"""Inspects operations through their jaxprs, and selects where the tests of Triton kernels run."""
+"""Inspects operations through their jaxprs, and decides where tests of Triton kernels run."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for sm_90 on a machine that needs no GPU (only a CUDA build of JAX's plugin)."""
+"""Compiles every Triton kernel for sm_90; needs a CUDA build of JAX's plugin, but no GPU."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# In a process of its own: this one has Triton's interpreter.
+# Runs in another process, since this one uses Triton's interpreter.
 PROGRAM = """
 import functools, importlib, sys
 
@@ -31,7 +31,7 @@ bag, dot, search, update, grouped, norm, decode, product = (
 
 def compile(name, function, *arguments):
     lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    # At a custom call of an older interface XLA would end its CUDA graph.
+    # XLA would end its CUDA graph at a custom call of an older API version.
     calls = [line for line in lowered.splitlines() if "triton_kernel_call" in line]
     assert calls, f"{name}: no kernel in the program"
     assert all("@triton_kernel_call_ffi(" in call and "api_version = 4" in call for call in calls), name

@@ -1,4 +1,4 @@
-"""Decode attention is the softmax of the scores that may be seen, key by key, whatever lies behind them."""
+"""Decode attention is softmax attention over the visible keys, whatever the cache holds beyond them."""
 
 from functools import cache, partial
 
@@ -10,14 +10,14 @@ import pytest
 from memjax.ops.decode_attention.api import decode_step
 
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
-# Rows, heads, heads of keys, width of a head, positions of the cache. Groups and widths that fill no whole tile.
+# Rows, query heads, key heads, head width, cache length; groups and widths that do not fill a tile.
 SHAPES = [(3, 4, 2, 8, 96), (2, 3, 3, 24, 40), (1, 5, 1, 16, 7)]
 
 
 def draw(shape, dtype="float32"):
-    """New tokens, and a cache with large numbers behind positions of all kinds."""
+    """New tokens at various positions, and a cache with large numbers beyond these."""
     (rows, heads, kv_heads, width, size), rng = shape, np.random.default_rng(sum(shape))
-    # The last place, the first, one in the middle.
+    # The last position, the first, and one in the middle.
     positions = np.array([size - 1, 0, (size - 1) // 2][:rows], np.int32)
     joined = rng.normal(size=(rows, (heads + 2 * kv_heads) * width))
     keys, values = rng.normal(size=(2, rows, kv_heads, size, width))
@@ -55,14 +55,14 @@ def compiled_step(implementation, window):
 
 
 def turned(x, angles):
-    """Heads [n, h], whose pairs (x[i], x[i + h/2]) are turned as complex numbers."""
+    """Rotates the pairs (x[i], x[i + h/2]) of heads [n, h] as complex numbers."""
     half = x.shape[1] // 2
     pairs = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
     return np.concatenate([pairs.real, pairs.imag], axis=1)
 
 
 def stepped(joined, keys, values, positions, window, angles=None):
-    """The attention and the cache, with numpy in float64."""
+    """The attention and the updated cache, in float64 NumPy."""
     joined, keys, values = (np.array(array, np.float64) for array in (joined, keys, values))
     (_, kv_heads, size, width), query = keys.shape, []
     for row, place in enumerate(positions):
@@ -90,7 +90,7 @@ def test_a_token_sees_what_is_filled_and_in_the_window(implementation, window, s
 @pytest.mark.parametrize(("shape", "has_angles"), [(SHAPES[0], True), (SHAPES[1], True), (SHAPES[2], False)])
 def test_a_step_writes_the_new_entry_and_sees_it(implementation, window, shape, has_angles):
     (rows, heads, kv_heads, width, size), rng = shape, np.random.default_rng(3)
-    # A place in the middle, the first one, and one beyond the cache.
+    # A position in the middle, the first one, and one beyond the cache.
     positions = np.array([size // 2, 0, size][:rows], np.int32)
     joined = rng.normal(size=(rows, (heads + 2 * kv_heads) * width))
     keys, values = rng.normal(size=(2, rows, kv_heads, size, width))
@@ -104,7 +104,7 @@ def test_a_step_writes_the_new_entry_and_sees_it(implementation, window, shape, 
         np.testing.assert_allclose(found, array, rtol=2e-6, atol=2e-6)
 
 
-# Triton's interpreter multiplies no bfloat16.
+# Triton's interpreter cannot multiply bfloat16.
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
     [("triton", "float16"), ("xla", "float16"), ("xla", "bfloat16"), ("reference", "bfloat16")],

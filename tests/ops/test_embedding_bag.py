@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from memjax.ops.embedding_bag.api import embedding_bag
 
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
-# Those that compute in float64 too.
+# Those that support float64.
 every_precise_implementation = pytest.mark.parametrize("implementation", ["xla", "reference"])
 
-# Batch axes, picks, rows, columns, type of the table.
+# Batch axes, picks, rows, columns, dtype of the table.
 SHAPES = [
     ((4,), 3, 7, 5, "float32"),
     ((2, 3), 1, 1, 8, "bfloat16"),
     ((2, 1, 3), 6, 3, 12, "float32"),
     ((5,), 4, 33, 16, "bfloat16"),
-    # More picks and columns than a program takes at once, and no powers of two.
+    # More picks and columns than a kernel program handles at once, and no powers of two.
     ((2,), 20, 9, 200, "float32"),
 ]
 
@@ -34,7 +34,7 @@ def by_hand(table, indices, weights):
 
 
 def draw(seed, shape, picks_of):
-    """Table, indices and weights of a case; `picks_of` says which rows are picked."""
+    """Draws table, indices and weights; `picks_of` says which rows are picked."""
     batch, picks, num_rows, num_columns, dtype = shape
     rng = np.random.default_rng(seed)
     table = jnp.asarray(rng.normal(size=(num_rows, num_columns)), dtype)
@@ -65,7 +65,7 @@ def wide(array):
 
 
 def assert_close(got, table, indices, weights):
-    """Within the rounding of a float32 sum of the picks and of the cast to the table's type."""
+    """The error is bounded by the rounding of a float32 sum over the picks and of the cast to the table's dtype."""
     expected = by_hand(wide(table), np.asarray(indices), wide(weights))
     magnitude = by_hand(np.abs(wide(table)), np.asarray(indices), np.abs(wide(weights)))
     sums = 4 * np.finfo(np.float32).eps * indices.shape[-1] * magnitude
@@ -132,8 +132,8 @@ def test_gradients_of_every_implementation_agree(implementation, shape):
     expected = compiled_gradient("reference")(table, weights, indices)
     for mine, other in zip(got, expected, strict=True):
         assert mine.dtype == other.dtype
-        # Sums of the same numbers in another order, rounded to the table's type on the way; the loss bends the bags, so
-        # the error of their sums, which grows with the picks, comes on top.
+        # Sums in another order, rounded to the table's dtype on the way. The loss is nonlinear in the bags, so their
+        # errors, which grow with the number of picks, add to this.
         scale = np.abs(wide(other)).max() * float(jnp.finfo(table.dtype).eps)
         np.testing.assert_allclose(wide(mine), wide(other), atol=(8 + indices.shape[-1]) * scale, rtol=0)
 

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from memjax.ops.embedding_dot.api import embedding_dot
 
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
-# Those that compute in float64 too.
+# Those that support float64.
 every_precise_implementation = pytest.mark.parametrize("implementation", ["xla", "reference"])
 
-# Batch axes, picks, rows, columns, type of the table.
+# Batch axes, picks, rows, columns, dtype of the table.
 SHAPES = [
     ((4,), 3, 7, 5, "float32"),
     ((2, 3), 1, 1, 8, "bfloat16"),
     ((2, 1, 3), 6, 3, 12, "float32"),
     ((5,), 4, 33, 16, "bfloat16"),
-    # More picks and columns than a program takes at once, and no powers of two.
+    # More picks and columns than a kernel program handles at once, and no powers of two.
     ((2,), 20, 9, 200, "float32"),
 ]
 
@@ -94,7 +94,7 @@ def compiled_gradient(implementation):
 @given(seed=seeds, shape=st.just(SHAPES[0]), same_row=st.booleans())
 def test_gradients_equal_finite_differences(implementation, seed, shape, same_row):
     table, indices, vectors = (np.asarray(array) for array in draw(seed, shape, same_row))
-    # Shorter vectors keep the third derivative of the sines, and with it the error of the differences, small.
+    # Short vectors keep the third derivative of the sine, and thus the error of the finite differences, small.
     table, vectors = wide(table), wide(vectors) / 4
     with jax.enable_x64(True):
         d_table, d_vectors = compiled_gradient(implementation)(table, vectors, indices)
@@ -115,7 +115,7 @@ def test_gradients_of_every_implementation_agree(implementation, shape):
     expected = compiled_gradient("reference")(table, vectors, indices)
     for mine, other in zip(got, expected, strict=True):
         assert mine.dtype == other.dtype
-        # The same sums in another order, made wider by the slope of the sine of sums of many columns.
+        # Sums in another order; the slope of the sine amplifies the errors of sums over many columns.
         scale = np.abs(wide(other)).max() * float(jnp.finfo(table.dtype).eps)
         np.testing.assert_allclose(wide(mine), wide(other), atol=200 * scale, rtol=0)
 

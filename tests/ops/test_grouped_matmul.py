@@ -11,12 +11,12 @@ from memjax.ops.grouped_matmul.api import grouped_matmul
 
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
 
-# Rows, groups, columns of the rows, columns of the matrices: the second spans several tiles every way.
+# Rows, groups, columns of the rows, columns of the matrices; the second spans several tiles in every dimension.
 SHAPES = [(12, 3, 5, 7), (150, 4, 70, 80), (3, 1, 1, 16), (8, 5, 16, 3)]
 
 
 def by_hand(rows, matrices, sizes):
-    """The products, a row at a time, and the gradients of sum(sin(product))."""
+    """The products, one row at a time, and the gradients of sum(sin(product))."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     out, d_rows, d_matrices = np.zeros((len(rows), matrices.shape[2])), np.zeros(rows.shape), np.zeros(matrices.shape)
     for row, number in enumerate(group):
@@ -63,7 +63,7 @@ def test_products_and_gradients_are_those_of_each_rows_own_matrix(implementation
     expected = by_hand(np.asarray(rows, np.float64), np.asarray(matrices, np.float64), np.asarray(sizes))
     for mine, other in zip(got, expected, strict=True):
         assert mine.dtype == jnp.float32
-        # Sums of at most 150 products of float32.
+        # Float32 sums of at most 150 products.
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=150 * 2**-23 * np.abs(other).max(initial=1e-30))
 
 
@@ -80,7 +80,7 @@ def test_in_float64_all_digits_agree(implementation, load):
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_sixteen_bit_factors_are_summed_in_float32(implementation):
-    # 1 + 255 * 2**-9 loses every summand if the sum is kept in bfloat16.
+    # 1 + 255 * 2**-9 stays 1 if the sum is accumulated in bfloat16.
     rows = jnp.asarray([[1.0] + [2.0**-9] * 255] * 2, jnp.bfloat16)
     matrices = jnp.ones((2, 256, 1), jnp.bfloat16)
     out = compiled(implementation)(rows, matrices, jnp.asarray([1, 1], jnp.int32))[0]

@@ -1,4 +1,4 @@
-"""Kernels that a process has compiled are there for the next, and whatever is wrong with them costs a compilation."""
+"""Compiled kernels are reused by later processes, and damaged ones only cost a compilation."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def process():
-    """jax-triton's compiler as a new process has it, and what it has compiled."""
+    """jax-triton's compiler as in a new process, and the list of what it compiles."""
     compiled = []
 
     def compile_(module, backend, options, compute_capability, platform):
@@ -84,7 +84,7 @@ def test_a_kernel_cut_off_while_it_was_written_is_removed_like_a_program(folder)
     assert path.exists()
     (folder / "checked.json").unlink()
     path.write_bytes(path.read_bytes()[:-5])
-    os.utime(path, (0, 0))  # so that it is not one that another process is writing
+    os.utime(path, (0, 0))  # old enough not to look like one that another process is writing
     compilation_cache._tidy(folder)
     assert not path.exists()
 

@@ -1,4 +1,4 @@
-"""Operations run inside a `jax.shard_map` of somebody else's, with its own checks on, and give what they give alone."""
+"""Operations inside a user's `jax.shard_map` with its checks enabled give the same results as outside."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def mesh_of_four():
 
 
 def shard_mapped(function, in_specs, out_specs, *arguments, run=True):
-    """With check_vma, JAX's default. What is traced is checked; Triton's interpreter cannot run on several devices."""
+    """Traces with check_vma, JAX's default, and runs unless told not to: Triton's interpreter needs a single device."""
     mesh = mesh_of_four()
     placed = [jax.device_put(value, NamedSharding(mesh, spec)) for value, spec in zip(arguments, in_specs, strict=True)]
     mapped = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))

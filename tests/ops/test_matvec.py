@@ -1,4 +1,4 @@
-"""The product of a matrix and a vector is the sum of products, gated and added or not, in every implementation."""
+"""The matrix-vector product equals a sum of products in every implementation, with or without gate and addition."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla
 
 @every_implementation
 @pytest.mark.parametrize("gated", [False, True])
-# Fewer columns than a program reads at a time, and two times with a rest; rows that fill no program.
+# Fewer columns than a kernel program reads at once, and two reads plus a rest; rows that do not fill a program.
 @pytest.mark.parametrize(("outputs", "inputs"), [(6, 24), (10, 1500)])
 def test_every_output_is_a_row_times_the_vector(implementation, gated, outputs, inputs):
     rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def test_biases_are_added_to_the_product_and_gates_multiply_the_vector(implement
 
 @every_implementation
 def test_sixteen_bits_are_summed_in_float32(implementation):
-    # In float16 the sum would stop at 2048.
+    # Accumulated in float16, the sum would stop at 2048.
     found = matvec(jnp.ones(5000, jnp.float16), jnp.ones((2, 5000), jnp.float16), implementation=implementation)
     assert found.dtype == jnp.float16
     np.testing.assert_allclose(np.asarray(found, np.float64), 5000, rtol=1e-3)

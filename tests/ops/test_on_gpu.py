@@ -1,4 +1,4 @@
-"""What only a real GPU can show of the Triton kernels: JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu -n 0."""
+"""Tests of the Triton kernels that need a real GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu -n 0."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_rows_beyond_two_to_the_31_elements_are_read_and_written():
     np.testing.assert_array_equal(bag, np.full((2, columns), [[2.0], [4.0]]))
     dot = embedding_dot(table, indices, jnp.ones((2, columns)), implementation="triton")
     np.testing.assert_array_equal(dot, columns * np.asarray([[1.0, 1.0], [2.0, 2.0]]))
-    # A 32-bit offset would have wrapped round into the rows in between.
+    # A 32-bit offset would have wrapped around into the rows in between.
     touched = jnp.any(table != 0, axis=1)
     np.testing.assert_array_equal(np.flatnonzero(np.asarray(touched)), [0, 2**20, rows - 2, rows - 1])
 
@@ -65,7 +65,7 @@ def test_two_runs_give_the_same_bits():
         weights, indices = jax.nn.softmax(scores).reshape(512, 16), indices.reshape(512, 16)
         bag = embedding_bag(table, indices, weights, implementation="triton")
         dot = embedding_dot(table, indices, vectors, implementation="triton")
-        # A hot row too, which several programs sum.
+        # Includes a hot row, which several kernel programs sum.
         hot = RowGradient(jnp.full((512, 1), 7), jnp.ones((512, 1)), vectors)
         gradients = [RowGradient(indices, weights, vectors), hot]
         updated = row_update(table, rule.init(4096, 256), gradients, rule, row_step(1e-2, 0), implementation="triton")

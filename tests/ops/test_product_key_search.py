@@ -13,15 +13,15 @@ from memjax.ops.product_key_search.api import product_key_search, weighted_searc
 
 IMPLEMENTATIONS = ["triton", "xla", "reference"]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-# Two of them once more in chunks of two tokens, which leaves the last chunk incomplete.
+# Two of them also in chunks of two tokens, with an incomplete last chunk.
 TRITON_FORMS, XLA_FORMS = ["triton", "triton in chunks"], ["xla", "reference", "xla in chunks"]
 every_form = pytest.mark.parametrize("form", TRITON_FORMS + XLA_FORMS)
 every_xla_form = pytest.mark.parametrize("form", XLA_FORMS)
 every_triton_form = pytest.mark.parametrize("form", TRITON_FORMS)
-# Triton's interpreter takes a second for what others do in a millisecond.
+# Triton's interpreter is about a thousand times slower than the other implementations.
 few_examples = settings(max_examples=max(2, settings().max_examples // 12))
 
-# Batch axes, heads, sub-keys per half, width of a half, top_k, type.
+# Batch axes, heads, sub-keys per half, width of a half, top_k, dtype.
 SHAPES = [
     ((5,), 2, 6, 3, 4, "float32"),
     ((2, 3), 1, 5, 1, 5, "float32"),
@@ -29,7 +29,7 @@ SHAPES = [
     ((3,), 1, 16, 4, 16, "bfloat16"),
     ((1,), 2, 9, 3, 4, "float32"),
 ]
-# In these all sums are exact or rounded once, so the scores must be equal to the last bit.
+# In these, all sums are exact or rounded only once, so the scores must be bit-identical.
 EXACT = ("ties", "all equal", "last bits")
 
 
@@ -44,7 +44,7 @@ def draw(seed, shape, values):
     elif values == "all equal":
         queries, keys = np.full(queries, rng.integers(-2, 3)), np.full(keys, rng.integers(-2, 3))
     else:
-        # Scores differ by one unit in the last place, so that whole families of sums round to the same number.
+        # Scores differ by one unit in the last place, so that many sums round to the same number.
         queries, last_bits = np.ones(queries), rng.permuted(np.arange(num_keys)[:, None] * np.ones(half), axis=0)
         keys = np.broadcast_to((1 + last_bits * 2.0**-23) * (np.arange(half) == 0), keys)
         dtype = "float32"
@@ -70,7 +70,7 @@ def compiled(form, top_k, chunk_bytes=None):
 
 
 def chunk_of(form, keys):
-    """Chunks of two tokens where the form asks for chunks."""
+    """The size of a chunk of two tokens, if the form asks for chunks."""
     return 2 * 8 * keys.shape[0] * keys.shape[2] if "in chunks" in form else None
 
 
@@ -90,7 +90,7 @@ def check_slots_are_the_best_of_all_pairs(form, seed, shape, values):
     every = brute_force(queries, keys)
     assert np.all(np.diff(scores) <= 0), "best first"
     assert all(len(set(row)) == top_k for row in slots.reshape(-1, top_k)), "slots are distinct"
-    # Half scores are at most half * max |q| * max |k|, and each of their products and sums rounds once.
+    # Half scores are at most half * max |q| * max |k|, and each of their products and sums is rounded once.
     bound = 4 * np.finfo(np.float32).eps * keys.shape[-1] ** 2 * np.abs(queries).max() * np.abs(keys).max()
     tolerance = 0 if values in EXACT else float(bound)
     np.testing.assert_allclose(scores, -np.sort(-every, axis=-1)[..., :top_k], rtol=0, atol=tolerance)
@@ -177,7 +177,7 @@ def test_pairs_chosen_by_rank_or_sorted_are_the_same(values):
     with tiles.override("pair_few", by_rank=False):
         scores, slots = find(queries, keys, top_k)
     np.testing.assert_array_equal(ranked[0], scores)
-    # Of equal sums both take the pair with the higher number.
+    # Both break ties in the same way.
     np.testing.assert_array_equal(ranked[1], slots)
 
 
@@ -227,7 +227,7 @@ def test_gradients_equal_finite_differences(form, seed):
         every = (left[..., :, None] + right[..., None, :]).reshape(3, num_heads, num_keys**2)
         return -np.sort(-every, axis=-1)
 
-    # The derivative jumps where two of the best swap ranks: move on from the rare case that is that close.
+    # The derivative jumps where two of the best swap ranks; skip the rare case that is this close.
     if np.min(-np.diff(best_scores(queries, keys)[..., : top_k + 1])) < 1e-4:
         return
     with jax.enable_x64(True):
@@ -308,7 +308,7 @@ def test_sizes_that_do_not_fit_are_refused():
         product_key_search(jnp.ones((1, 2, 6)), keys, 5)
     with pytest.raises(ValueError, match=r"top_k=0 must be in 1\.\.n=4"):
         product_key_search(jnp.ones((1, 2, 6)), keys, 0)
-    with pytest.raises(TypeError):  # and 2 is no other program afterwards
+    with pytest.raises(TypeError):  # and the cached program for 2 is not reused for 2.0
         product_key_search(jnp.ones((1, 2, 6)), keys, 2.0)  # pyright: ignore[reportArgumentType]
     product_key_search(jnp.ones((1, 2, 6)), keys, 2)
     with pytest.raises(

@@ -11,7 +11,7 @@ from memjax.ops.rms_norm.api import rms_norm
 
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
 EPSILON = 1e-3
-# Batch axes, width, type of x. Rows that fill no whole program or strip, widths that are no power of two.
+# Batch axes, width, dtype of x; rows that do not fill a program or strip, widths that are not powers of two.
 SHAPES = [((5,), 8, "float32"), ((2, 37), 12, "float32"), ((3, 1, 2), 16, "bfloat16"), ((33,), 1, "bfloat16")]
 
 cases = {"seed": st.integers(0, 2**32 - 1), "shape": st.sampled_from(SHAPES), "size": st.sampled_from([1e-3, 1, 1e3])}
@@ -93,7 +93,7 @@ def test_a_residual_is_added_first_and_has_the_gradient_of_x(implementation, sha
     norm = partial(rms_norm, epsilon=EPSILON, implementation=implementation)
     found, pulled = pull(lambda x, scale, residual: norm(x, scale, residual=residual), x, scale, residual)
     expected, expected_pulled = pull(norm, x + residual, scale)
-    # Sums of 16 bits may be rounded another way.
+    # 16-bit sums may be rounded differently.
     close = partial(np.testing.assert_allclose, rtol=rounding(x.dtype), atol=rounding(x.dtype))
     jax.tree.map(lambda one, other: close(wide(one), wide(other)), found, expected)
     (d_x, d_scale, d_residual), (d_sum, d_scale_of_sum) = pulled(cotangents), expected_pulled(cotangents)

@@ -47,7 +47,7 @@ def test_bits_are_even_in_every_position_and_along_every_axis():
     assert drawn.max() < 1 << 16
     for position in range(16):
         bit = drawn >> position & 1
-        # Six standard deviations of the mean of 256 x 256 fair bits; and of its 256 means over rows and over columns.
+        # Six standard errors of the mean of 256 x 256 fair bits, and of the 256 means over rows and over columns.
         assert abs(bit.mean() - 0.5) < 6 * 0.5 / 256
         assert np.abs(bit.mean(axis=0) - 0.5).max() < 6 * 0.5 / 16
         assert np.abs(bit.mean(axis=1) - 0.5).max() < 6 * 0.5 / 16

@@ -24,12 +24,12 @@ RULES = {
     "sgd": RowRule(kind="sgd"),
 }
 
-# Every implementation as it is, and the sorted ones with so many picks in a chunk: 24 picks in all, so that rows span
-# several chunks and chunks end everywhere; chunks of 4 need four rounds of the Triton form.
+# Every implementation with its default chunk, and the sorted ones with chunks of so many of the 24 picks, so that rows
+# span several chunks and chunks end everywhere; chunks of 4 need four rounds of the Triton form.
 XLA_FORMS = [(name, None) for name in IMPLEMENTATIONS[1:]] + [("xla", chunk) for chunk in (1, 5, 8, 99)]
 TRITON_FORMS = [("triton", None), ("triton", 4)]
 every_form = pytest.mark.parametrize(("implementation", "chunk"), TRITON_FORMS + XLA_FORMS)
-# The interpreter takes seconds for several chunks: one rule shows them in the quick tests, the others in the slow ones.
+# The interpreter takes seconds for several chunks, so the quick tests cover them with one rule only.
 every_form_and_rule = pytest.mark.parametrize(
     ("implementation", "chunk", "kind"),
     [
@@ -42,7 +42,7 @@ every_form_and_rule = pytest.mark.parametrize(
 )
 every_xla_form = pytest.mark.parametrize(("implementation", "chunk"), XLA_FORMS)
 every_triton_form = pytest.mark.parametrize(("implementation", "chunk"), TRITON_FORMS)
-# Triton's interpreter takes a third of a second for what others do in a millisecond.
+# Triton's interpreter is several hundred times slower than the other implementations.
 few_examples = settings(max_examples=max(2, settings().max_examples // 12))
 
 
@@ -61,7 +61,7 @@ def update(table, state, gradients, rule, step, *, implementation, chunk):
 
 
 def draw_gradients(rng, picks_of="any rows"):
-    """Of two layers: 5 tokens with 3 picks each, 9 with one."""
+    """Draws gradients of two layers: 5 tokens with 3 picks each, and 9 tokens with one."""
     gradients = []
     for tokens, picks in ((5, 3), (9, 1)):
         indices = {
@@ -81,7 +81,7 @@ def as_arrays(gradients, dtype=None):
 
 
 def by_hand(table, state, gradients, rule, lr, step):
-    """The rules as a loop over picks, then over the rows that were picked."""
+    """The update rules as a loop over picks, then over the picked rows."""
     summed = {}
     for indices, weights, vectors in gradients:
         for token, pick in np.ndindex(indices.shape):
@@ -115,7 +115,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 def check_steps_equal_a_loop_over_picks_and_rows(implementation, chunk, kind, seed, picks_of):
     rng, rule = np.random.default_rng(seed), RULES[kind]
-    # The kernels' type is float32, that of the others the table's.
+    # Kernels compute in float32, the others in the table's dtype.
     dtype, tolerance = (np.float32, 2e-5) if implementation == "triton" else (np.float64, 1e-11)
     if kind == "adam":
         rule = dataclasses.replace(rule, moment_dtype=dtype)
@@ -187,7 +187,7 @@ def bits(tree):
 
 
 def draw_exact(seed):
-    """A bfloat16 table, and gradients with which every product and sum before the rounding is exact in float32."""
+    """A bfloat16 table, and gradients whose products and sums are exact in float32 until the final rounding."""
     rng = np.random.default_rng(seed)
     table = jnp.asarray(rng.uniform(0.5, 2, size=(ROWS, COLUMNS)), jnp.bfloat16)
     gradients = []
@@ -197,7 +197,7 @@ def draw_exact(seed):
     return table, as_arrays(gradients, jnp.float32)
 
 
-# A power of two, well below the spacing of bfloat16: what is written depends on the random bits alone.
+# A power of two, well below the spacing of bfloat16, so that the result depends on the random bits alone.
 EXACT_LR = 2.0**-13
 
 
@@ -300,7 +300,7 @@ def test_picks_of_padding_touch_no_row_and_no_state(implementation, chunk, kind)
     state = {name: jnp.ones_like(array) for name, array in rule.init(ROWS, COLUMNS).items()}
     real, padded = as_arrays(draw_gradients(rng), jnp.float32), []
     for gradient in real:
-        # As many tokens again that are padding, with what must not be read in place of zeros.
+        # Append as many padding tokens, with non-zero values that must not be used.
         twice = RowGradient._make(np.concatenate([factor, factor]) for factor in gradient)
         token_mask = np.arange(len(twice.indices)) < len(gradient.indices)
         padded.append(twice.without_padding(jnp.asarray(token_mask), ROWS))
@@ -341,7 +341,7 @@ def test_rounding_is_reproducible_and_unbiased(implementation):
     table = jnp.ones((rows, 32), jnp.bfloat16)
     gradient = RowGradient(jnp.arange(rows)[:, None], jnp.ones((rows, 1)), jnp.ones((rows, 32)))
 
-    # Spacing of bfloat16 below 1 is 2**-8: a step of 2**-10 goes down with probability 1/4.
+    # The spacing of bfloat16 below 1 is 2**-8, so a step of 2**-10 rounds down with probability 1/4.
     def run(seed, number):
         return update(
             table,

@@ -1,4 +1,4 @@
-"""The update by way of a dense gradient equals loops over picks and rows, however it is cut into pieces."""
+"""The update through a dense gradient equals loops over picks and rows, however it is split into pieces."""
 
 from functools import partial
 
@@ -20,9 +20,9 @@ NOTHING = jnp.zeros((ROWS, COLUMNS)), jnp.zeros(ROWS, bool)
 
 
 def draw_gradients():
-    """Of two layers, 5 tokens with 3 picks each and 9 with one, small whole numbers: sums in any order are equal.
+    """Gradients of two layers, 5 tokens with 3 picks and 9 with one; integers, so the order of sums does not matter.
 
-    Row UNREAD and those after it are never read, but that its gradient is zero where one pick has no weight.
+    Row UNREAD and those after it are never read, except that one pick of row UNREAD has weight 0.
     """
     rng, gradients = np.random.default_rng(0), []
     for tokens, picks in ((5, 3), (9, 1)):
@@ -67,7 +67,7 @@ def test_touched_rows_are_updated_as_by_row_update_bit_for_bit(kind, rows):
     got = by_dense(table, state, gradients, step)
     expected = jax.jit(partial(row_update, rule=rule))(table, state, gradients, step=step)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-    # The row whose gradient is zero counts as read, so the moments of adam may move it; those never read stay.
+    # A row with a zero gradient counts as read, so Adam's moments may move it; rows that were never read stay.
     assert np.any(np.asarray(got[0] != table)[:UNREAD])
     np.testing.assert_array_equal(got[0][UNREAD + 1 :], table[UNREAD + 1 :])
 

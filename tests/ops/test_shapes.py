@@ -1,4 +1,4 @@
-"""What does not fit together is refused with both shapes, and no token at all is as good as any number."""
+"""Mismatched shapes are refused, naming both, and zero tokens work like any other number."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every implementation of every operation computes what its definition does; with -m gpu, the compiled kernels."""
+"""Every implementation of every operation agrees with the reference; with -m gpu, compiled kernels do, too."""
 
 import pathlib
 
@@ -10,7 +10,7 @@ from memjax import ops
 from memjax.ops import specs
 
 
-# Each kernel has tests of its own, so that here the interpreter, which takes long, is no loss.
+# Each kernel has its own tests, so the slow interpreter can be left out of the quick ones here.
 @pytest.mark.parametrize("implementation", [pytest.param("triton", marks=pytest.mark.slow), "xla"])
 @pytest.mark.parametrize("operation", specs.OPERATIONS)
 def test_an_implementation_is_the_definition(implementation, operation):
@@ -27,7 +27,7 @@ def test_every_operation_has_uses():
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (lambda name, x: x if name == "reference" else 1.25 * x, 0.5625),  # the gradient is 1.25 times 1.25 x
+        (lambda name, x: x if name == "reference" else 1.25 * x, 0.5625),  # the gradient is 1.25**2 times as large
         (lambda name, x: x**2 if name == "reference" else jax.lax.stop_gradient(x) * x, 0.5),
         (lambda name, x: x if name == "reference" else x * jnp.nan, jnp.inf),
     ],

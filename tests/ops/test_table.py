@@ -1,4 +1,4 @@
-"""Formats and places of tables: every implementation of bag and dot reads what a NumPy decoder finds in the bytes."""
+"""Formats and places of tables: every implementation of bag and dot agrees with a NumPy decoder of the bytes."""
 
 import ctypes
 import dataclasses
@@ -19,7 +19,7 @@ from memjax.ops.row_formats.formats import Encoded, Float8, Int4, Int8, register
 from memjax.ops.table import Table
 
 every_implementation = pytest.mark.parametrize("implementation", ["triton", "xla", "reference"])
-# Groups that tiles hold, that hold tiles, and that do neither; rows of a single group.
+# Groups that divide tiles, groups that tiles divide, and neither; rows of a single group.
 SHAPES = [("int8", 256, 128), ("int8", 48, 16), ("int8", 100, 128), ("float8_e4m3", 192, 64), ("float8_e4m3", 40, 20)]
 SHAPES += [("int4", 128, 64), ("int4", 1024, 64), ("int4", 72, 24), ("int4", 20, 128)]
 SHAPES += [("bfloat16", 24, 0), ("float16", 72, 0), ("float32", 12, 0)]
@@ -34,7 +34,7 @@ def make(name, width, group, *, rows=9, seed=0):
 
 
 def decoded_by_hand(name, payload, scales, group):
-    """The rows, one number at a time, from the bytes alone."""
+    """Decodes the rows from their bytes, one number at a time."""
     if scales is None:
         return np.asarray(payload, np.float64)
     per_byte = 2 if name == "int4" else 1
@@ -99,7 +99,7 @@ def test_rows_come_back_within_half_a_step_of_their_format(name, width, group):
         bits = float(jnp.finfo(table.rows.dtype).eps)
         return np.testing.assert_allclose(rows, numbers, rtol=bits)
     largest = np.abs(numbers.reshape(40, -1, group_of(table))).max(axis=2).repeat(group_of(table), axis=1)
-    # Scales are rounded to eight bits. The best scale of int4 may cut its largest number by a quarter.
+    # Scales are rounded to eight bits. The best int4 scale may clip its largest number by a quarter.
     bound = {"int8": largest * 0.51 / 127 + largest / 256, "int4": largest * 0.26}
     bound["float8_e4m3"] = np.maximum(np.abs(numbers) / 16, largest * 2.0**-10 / 448) + largest / 256
     assert np.all(np.abs(rows - numbers) <= bound[name])
@@ -163,7 +163,7 @@ def test_unknown_formats_are_refused_with_the_known_ones():
 def read_signs(
     rows_ptr, scales_ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """A bit a column."""
+    """Reads one bit per column."""
     columns = first + tl.arange(0, COLUMNS)
     mask = valid[:, None] & (columns < WIDTH)[None, :]
     byte = tl.load(rows_ptr + row[:, None] * (WIDTH // 8) + (columns // 8)[None, :], mask=mask, other=0).to(tl.int32)
@@ -172,7 +172,7 @@ def read_signs(
 
 @dataclasses.dataclass(frozen=True)
 class Signs:
-    """A format from outside the package: +1 or -1, eight in a byte."""
+    """A format from outside the package: +1 or -1, eight per byte."""
 
     name: str = "signs"
     payload_dtype = np.dtype(np.uint8)

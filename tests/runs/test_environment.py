@@ -1,4 +1,4 @@
-"""What a run notes of its surroundings never stops it."""
+"""Recording a run's environment never stops it."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what it records, and when it refuses to go on."""
+"""The folder of a run: what it records, and when it refuses to resume."""
 
 import base64
 import errno
@@ -31,7 +31,7 @@ RATES = ("--optim.lr 0.01", "--optim.lr 0.02")
 
 @pytest.fixture
 def started(tiny_config, tmp_path):
-    """started(settings): a start in one folder, whose first step is made unless `fails`."""
+    """started(settings): starts a run in one folder and makes its first step, unless `fails`."""
 
     def start(*settings: str, allow_changed: bool = False, fails: bool = False) -> Claim:
         config = tiny_config(f"--run.dir {tmp_path}/run", *settings)
@@ -46,7 +46,7 @@ def started(tiny_config, tmp_path):
 
 @pytest.fixture
 def finished(started):
-    """A run of 6 steps with its report."""
+    """A finished run of 6 steps with its summary."""
     folder = started("--train.steps 6").folder
     folder.write_json("summary.json", {"steps": 6, "metrics": {}})
     return folder
@@ -116,7 +116,7 @@ def test_a_start_that_makes_no_step_claims_nothing(started, capsys):
     before, after = RATES
     folder = started(before, fails=True).folder
     assert not folder.path.exists()
-    # As a version left it that wrote the settings first.
+    # As left by an older version, which wrote the settings first.
     write_atomic(folder.config, to_yaml(RunConfig()))
     folder.metrics.touch()
     started(after)

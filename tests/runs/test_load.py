@@ -1,4 +1,4 @@
-"""A saved model is loaded as it was, on one device or many, whatever machine it was trained on."""
+"""A saved model is loaded unchanged, on one device or several, whatever machine it was trained on."""
 
 import dataclasses
 import functools
@@ -40,13 +40,13 @@ forward = nnx.jit(lambda model, tokens: model(tokens))
 @functools.cache
 def build(config: ModelConfig, seed: int) -> Decoder:
     parts, rng = DecoderParts.of(config), np.random.default_rng(seed)
-    # Drawn by NumPy: compiling the initialisation would take longer than all that is tested.
+    # Drawn by NumPy, since compiling the initialisation would take longer than the tests.
     fill = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype))
     return parts.merge(fill(parts.abstract_params), fill(parts.abstract_tables))
 
 
 def save(folder, run: RunConfig, step: int = 3, loss: float | None = None, **changes) -> Decoder:
-    """A checkpoint as training writes it, beside an item that is none of a reader's business."""
+    """Saves a checkpoint as training does, with an item that loading must ignore."""
     model = build(run.model, step)
     _, params, tables = split_decoder(model)
     document = meta_document(run, ByteTokenizer(), step=step) | changes
@@ -92,7 +92,7 @@ def test_a_run_elsewhere_is_loaded_by_its_address(tmp_path, monkeypatch):
     assert not [*(tmp_path / "cache").rglob("checkpoints/2")], "only what is loaded is copied"
     older = load("memory://test_load/run", step=2)
     assert older.step == 2
-    # Its own copy has this step alone: nothing fetches another one to find the folder.
+    # Its local copy has only this step: finding the folder fetches no other.
     assert [path.name for path in older.checkpoints.iterdir() if path.name.isdecimal()] == ["2"]
     assert older.folder == older.checkpoints.parent
     for path, problem in (("memory://test_load/none", "cannot be read"), ("hdfs://a/run", "must be a path")):
@@ -132,7 +132,7 @@ def test_a_table_saved_in_bfloat16_is_widened_where_the_machine_computes_in_floa
     kept, _ = load(tmp_path / "named")
     assert equal_bits(kept, saved)
 
-    # As a GPU writes 'auto'.
+    # As saved with 'auto' on a GPU.
     model = build(narrow.model, 3)
     _, params, tables = split_decoder(model)
     document = meta_document(config, ByteTokenizer(), step=1) | {

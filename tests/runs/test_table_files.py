@@ -1,4 +1,4 @@
-"""Files of tables are read as their records describe them; `test_tables.py` loads whole runs from them."""
+"""Table files are read as their records describe; `test_tables.py` loads whole runs from them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tables in other formats and places: loaded block by block, kept in files, refused with a reason."""
+"""Tables in other formats and places are loaded block by block, kept in files, or refused with a reason."""
 
 import ctypes
 import dataclasses
@@ -57,7 +57,7 @@ forward = nnx.jit(lambda model, tokens: model(tokens))
 
 
 def save(folder, table_dtype="float32") -> Decoder:
-    """A checkpoint as training writes it, its tables in several blocks."""
+    """Saves a checkpoint as training does, with tables in several blocks."""
     run = run_config(table_dtype)
     model = drawn(run.model, seed=3)
     _, params, tables = split_decoder(model)
@@ -97,7 +97,7 @@ def decoded(table):
     ],
 )
 def test_tables_are_those_that_the_format_makes_of_the_saved_rows(tmp_path, name, place):
-    # bfloat16 has no type in NumPy, so host memory is looked into as bits.
+    # NumPy has no bfloat16, so host memory is compared as bits.
     table_dtype = "bfloat16" if place == "host" else "float32"
     original = save(tmp_path, table_dtype)
     found = memjax.load(tmp_path, table_format=None if name == "saved" else name, table_place=place)
@@ -217,7 +217,7 @@ def test_settings_that_cannot_be_met_are_refused():
 
 @pytest.fixture
 def run_and_patch(tmp_path) -> tuple[str, str]:
-    """A run, and a patch for it that changes one row."""
+    """A run, and a patch that changes one of its rows."""
     model = save(tmp_path / "run")
     folder = str(tmp_path / "run")
     rows = np.asarray(stored(model)["shared"])[[5]]
@@ -253,7 +253,7 @@ def test_a_run_with_patches_is_not_quantized_and_its_copy_with_the_rows_is(run_a
         quantize_run(run, tmp_path / "small", formats.find("int8"))
     assert not (tmp_path / "small").exists()
     patched = decoded(stored(memjax.load(run).model)["shared"])
-    # The way out that the message names.
+    # The way out suggested by the message.
     edit.revert(run, patch)
     edit.apply(run, patch, out=tmp_path / "written")
     quantize_run(tmp_path / "written", tmp_path / "small", None)
@@ -311,7 +311,7 @@ def test_tables_beyond_the_memory_are_refused_before_they_are_read_with_what_wou
         return restore(self, targets, *args, **options)
 
     monkeypatch.setattr(Checkpoints, "restore", documents_only)
-    # The tables: 64 rows of 32, and twice 64 rows of 16, 16 KiB in float32; int8 has a scale for 16 or 32 columns.
+    # 64 rows of 32 and two tables of 64 rows of 16 are 16 KiB in float32; int8 has a scale per 32 or 16 columns.
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 4_600)
     with pytest.raises(ConfigError) as caught:
         memjax.load(tmp_path)
@@ -367,7 +367,7 @@ def test_a_table_is_zeroed_without_another_one(tmp_path):
 
 
 class Library:
-    """A CUDA driver as ctypes would load it, which answers one call with an error."""
+    """A CUDA driver as loaded by ctypes, of which one call may fail."""
 
     def __init__(self, failing=None):
         self.failing = failing

@@ -1,4 +1,4 @@
-"""Devices against the mesh, and where the state lives."""
+"""Checks of the mesh against the devices, and the sharding of the state."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_tables_are_split_by_columns_and_matrices_over_all_devices(tiny_config):
     dense, places = (state.params, state.opt_state), (shardings.params, shardings.opt_state)
     for array, sharding in zip(jax.tree.leaves(dense), jax.tree.leaves(places), strict=True):
         here = math.prod(sharding.shard_shape(array.shape))
-        # 259 embeddings of 16 numbers: the longer axis cannot be cut.
+        # The first axis of the 259 embeddings cannot be split, but their 16 columns can.
         assert here == (array.size // 8 if array.ndim >= 2 else array.size), array.shape
 
 

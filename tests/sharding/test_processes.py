@@ -1,4 +1,4 @@
-"""How a process finds the others, and that it does not wait for them for ever."""
+"""How a process finds the others, and that it does not wait for them forever."""
 
 import os
 import pathlib
@@ -55,13 +55,13 @@ OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM
             Launch(launcher="settings", count=2, index=1, coordinator="localhost:9"),
         ),
         ({}, {}, None),
-        # A shell inside an allocation of several tasks is not one of them.
+        # A shell inside an allocation of several tasks is not a task itself.
         ({}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
         ({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-        # The pods of an indexed job may as well be runs of their own.
+        # The pods of an indexed job may be separate runs.
         ({}, {"JOB_COMPLETION_INDEX": "2"}, None),
         ({"count": 1}, SLURM, None),
-        # mpirun starts its daemons by srun, which numbers these: three, on the other nodes of an allocation of four.
+        # mpirun on four nodes starts three daemons by srun, whose variables number the daemons and not the ranks.
         *[
             (
                 {"coordinator": "n1:9"},
@@ -83,7 +83,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM
             SLURM | {"PMI_SIZE": "4", "PMI_RANK": "3"},
             Launch(launcher="SLURM", count=4, index=3, coordinator="node007:61441"),
         ),
-        # Empty variables are none, and part 0 of the heterogeneous job 4097 has its number.
+        # Empty variables count as unset, and component 0 of the heterogeneous job 4097 has the job's id.
         ({}, dict.fromkeys([*SLURM, *OPEN_MPI, "PMI_SIZE", "PMI_RANK", "JOB_COMPLETION_INDEX"], ""), None),
         (
             {},

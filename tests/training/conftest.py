@@ -47,7 +47,7 @@ def ragged_batches(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     for _ in range(count):
         segments, positions = np.zeros((2, SEQUENCES, LENGTH), np.int32)
         for row in range(SEQUENCES):
-            # Some rows are empty, some hold two documents.
+            # Some rows are empty, others hold two documents.
             first, second = sorted(rng.integers(0, LENGTH + 1, size=2))
             segments[row, :first], segments[row, first:second] = 1, 2
             positions[row, :first], positions[row, first:second] = np.arange(first), np.arange(second - first)
@@ -78,7 +78,7 @@ def mesh_of(data: int, memory: int, tensor: int = 1) -> jax.sharding.Mesh:
 
 
 def program_of(config: RunConfig) -> TrainProgram:
-    """The program with the row update of large tables; by default, tables this small use the reference."""
+    """The program with the row update for large tables; by default, tables this small use the reference."""
     return TrainProgram.of(config, implementation="xla")
 
 
@@ -133,7 +133,7 @@ def train(
 
 
 def poisoned_bag(layer_number: int):
-    """`sharded.bag`, with one NaN in the cotangent of the perturbation of the trace's layer_number-th call."""
+    """`sharded.bag`, with a NaN in the perturbation's cotangent in call number `layer_number` of a trace."""
     bag, calls = sharded.bag, []
 
     @jax.custom_vjp
@@ -170,7 +170,7 @@ def tiny(tiny_config) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def quick_compile() -> Iterator[None]:
-    """Disables optimised machine code, which takes longer to compile than it saves."""
+    """Disables compiler optimisations, which cost more time than they save."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield

@@ -1,4 +1,4 @@
-"""The end of a run: what it prints and keeps, also where something has been taken away."""
+"""The end of a run: what it prints and keeps, even if some of its files are missing."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Data of which nothing would be learned is refused by name."""
+"""Data from which nothing would be learned is refused with the reason."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Training as a function: where its settings come from, and how it ends."""
+"""Training by a function call: where its settings come from, and how it ends."""
 
 import signal
 from typing import Any
@@ -15,7 +15,7 @@ from memjax.training import fit as module
 
 @pytest.fixture
 def asked(monkeypatch) -> list[RunConfig]:
-    """The configs that would be trained; the training ends with the number of its steps."""
+    """Records the configs that would be trained; `train.steps` serves as the exit code."""
     configs = []
 
     def train(config: RunConfig, **more: Any) -> int:
@@ -29,7 +29,7 @@ def asked(monkeypatch) -> list[RunConfig]:
 
 
 def found_in(path: str) -> LoadedModel:
-    """A model that knows only which run it is of."""
+    """A stand-in for a model that only records the run it was loaded from."""
     found = object.__new__(LoadedModel)
     object.__setattr__(found, "patches", (path,))
     return found

@@ -1,5 +1,4 @@
-"""A kind of lookup from outside the package, that of the page on extending: its section, its layer and an entry in the
-registry are all it takes."""
+"""A lookup from outside the package (that of docs/extending.md) needs only a section, a layer and a registry entry."""
 
 import dataclasses
 import pathlib
@@ -19,7 +18,7 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extending.md"
 
 @pytest.fixture
 def config(tiny, monkeypatch):
-    """A run of a model that has a memory in block 1 and the foreign lookup in block 0."""
+    """The config of a model with the foreign lookup in block 0 and a memory in block 1."""
     section = PAGE.read_text().split("## A kind of lookup\n")[1]
     (code, *_) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     page: dict[str, Any] = {"__name__": __name__}

@@ -1,4 +1,4 @@
-"""Each hook alone, with a trainer that only notes what is asked of it."""
+"""Each hook alone, with a trainer that only records calls."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ class State:
 
 
 class FakeTrainer:
-    """Notes what hooks ask for, in order."""
+    """Records the calls of hooks, in order."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -92,7 +92,7 @@ def trainer() -> Any:
 
 @pytest.fixture
 def validating(trainer, monkeypatch):
-    """validating(losses) -> a validation that finds these losses; at None a signal comes."""
+    """validating(losses): a validation that returns these losses; None stands for an interrupting signal."""
 
     def validating(*losses: float | None) -> Validate:
         remaining = iter(losses)
@@ -163,7 +163,7 @@ def test_the_last_step_a_request_and_a_signal_save_the_tables_too(trainer):
 
 @pytest.fixture
 def counting(monkeypatch):
-    """Slot statistics without a device: the sum of the reads, which are then zero."""
+    """Replaces slot statistics by the number of reads since the last report."""
 
     def report(state):
         return dataclasses.replace(state, reads={"L1": jnp.int32(0)}), {"memory/L1/used": state.reads["L1"]}
@@ -172,7 +172,7 @@ def counting(monkeypatch):
 
 
 def usage_of(trainer, usage: SlotUsage, first: int, last: int, every: int) -> dict[int, tuple[int, int]]:
-    """Goes through steps of one read each; the reads and the window in every row that has them."""
+    """Runs steps of one read each; returns the reads and the window of each row that reports them."""
     periodic, rows = Periodic("slot_usage", usage, every), {}
     for number in range(first, last + 1):
         step = Step(number, {}, is_last=number == last)
@@ -190,7 +190,7 @@ def test_slots_are_counted_over_windows_of_one_length(trainer):
     usage = SlotUsage(4)
     assert usage_of(trainer, usage, 1, 10, every=4) == {4: (4, 4), 8: (4, 4)}
     assert usage.state() == {"usage_since": 8}
-    # The run is extended, with a shorter window: the one under way is dropped.
+    # The run is extended with a shorter window, so the unfinished window is dropped.
     extended = SlotUsage(3)
     extended.restore(usage.state(), 10)
     assert usage_of(trainer, extended, 11, 15, every=3) == {15: (3, 3)}
@@ -219,7 +219,7 @@ def program() -> TrainProgram:
 
 @pytest.fixture
 def throughput(program, monkeypatch) -> Throughput:
-    """On two devices of 100 FLOP/s each, with a model that takes 3 FLOPs for a token."""
+    """Two devices of 100 FLOP/s each, and a model that needs 3 FLOPs per token."""
     monkeypatch.setattr(TrainProgram, "flops_per_token", 3.0)
     monkeypatch.setattr(hooks, "peak_flops", lambda device: 100.0)
     return Throughput(program, jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]))

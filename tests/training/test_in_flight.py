@@ -1,4 +1,4 @@
-"""What the host knows of steps that the device still computes."""
+"""What the host knows about steps that the device is still computing."""
 
 import jax
 import jax.numpy as jnp

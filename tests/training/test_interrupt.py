@@ -1,4 +1,4 @@
-"""Signals: a flag while there is something to save, the end while there is not."""
+"""Signals set a flag if there is something to save, and end the program otherwise."""
 
 import contextlib
 import os
@@ -112,7 +112,7 @@ def test_copies_of_a_signal_do_not_stop_the_save():
             process.send_signal(number)
         out, error = process.communicate(timeout=120)
     assert (process.returncode, out) == (75, "saved\n"), error
-    # Signals that arrive together are delivered in any order.
+    # Signals that arrive together may be delivered in any order.
     assert error in ("\nSIGTERM: saving after this step\n", "\nSIGINT: saving after this step\n")
 
 

@@ -1,4 +1,4 @@
-"""The train command in this process: exit codes, messages, and what a failed run leaves."""
+"""The train command in this process: exit codes, messages, and what a failed run leaves behind."""
 
 import gzip
 import itertools
@@ -39,14 +39,14 @@ SETTINGS = """
 """
 BAD_STEP = 7
 SLOW_SECONDS = 4.0
-"""Far longer than a few steps, also on a busy machine."""
+"""Far longer than a few steps, even on a busy machine."""
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run(folder, *settings) -> (exit code, what was printed); on one device unless `all_devices`."""
+    """run(folder, *settings): returns (exit code, output); uses one device unless `all_devices`."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"line {number} of a small corpus" for number in range(50)))
 
@@ -86,7 +86,7 @@ def test_attention_that_cannot_run_here_ends_with_2(run):
 
 
 def trainer_that_fails(message: str) -> type:
-    """A trainer whose device reports an error, at whatever moment."""
+    """A trainer whose device reports an error."""
 
     class Failing:
         def __init__(self, config, *_, **__):
@@ -173,7 +173,7 @@ def test_a_run_that_would_learn_nothing_ends_with_2(run, tmp_path):
 
 
 def data_with(event: Callable[[], None], before_batch: int) -> type:
-    """The run's data, with something that happens once, before a batch is given."""
+    """The run's data, with an event before one of its batches."""
 
     class Eventful(TrainingData):
         def __next__(self):
@@ -251,7 +251,7 @@ def test_a_validation_that_a_signal_cuts_short_is_made_up(run, tmp_path, monkeyp
     ]
     assert losses[0] == losses[1]
     assert [loss is not None for loss in losses[0]] == [False, True, False, True]
-    # The line of a step's validation follows the lines of the steps before it.
+    # A step's validation line comes after the lines of the steps before it.
     shown = re.findall(r"^\S+ \S+  step +(\d+)", straight, re.MULTILINE)
     assert shown == sorted(shown, key=int)
 
@@ -323,7 +323,7 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
         patch.setattr(trainer, "make_train_step", make_poisoned_step)
         code, printed = run("run")
     assert code == 5, printed
-    # The loss is a number and so is the gradient of all but the table, but the step has looked further.
+    # Loss and dense gradient norm are finite, but the step has also checked the table's gradient.
     assert re.search(rf"step {BAD_STEP}: a value is not finite \(loss \d+\.\d+, gradient norm \d+\.\d+\)", printed), (
         printed
     )
@@ -337,7 +337,7 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert isinstance(saved.tokenizer, ByteTokenizer)
     shutil.copytree(folder, tmp_path / "damaged")
 
-    # Other settings are refused by name, unless the user says that they are meant.
+    # Changed settings are refused by name, unless explicitly allowed.
     code, printed = run("run", "--optim.lr", "0.003", "--model.ffn_dim", "32")
     assert code == 2
     assert "optim.lr" in printed
@@ -356,12 +356,12 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     assert summary["steps"] == 12
     assert all(pathlib.Path(path).stat().st_size > 0 for path in summary["plots"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    # Steps 11 and 12 are no window of 5.
+    # Steps 11 and 12 do not fill a window of 5.
     assert [row["step"] for row in rows if "memory/L1/used_fraction" in row] == [5, 10]
     assert [row["slots/window_steps"] for row in rows if "slots/window_steps" in row] == [5, 5]
     assert "were read equally often (steps 6 to 10)" in printed
     assert [row["train/tokens_seen"] for row in rows] == list(itertools.accumulate(row["train/tokens"] for row in rows))
-    # Each start tells once how long it compiled; the steps' times hold neither that nor the validations.
+    # Each start reports its compile time once; step times include neither that nor validations.
     compiled = {row["step"]: row["throughput/compile_seconds"] for row in rows if "throughput/compile_seconds" in row}
     assert list(compiled) == [1, BAD_STEP]
     assert f"compiled the training step in {compiled[BAD_STEP]:.1f} s" in printed

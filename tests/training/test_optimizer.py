@@ -1,4 +1,4 @@
-"""Schedules, and which parameters the dense optimizer moves how."""
+"""Schedules, and how the dense optimizer treats each kind of parameter."""
 
 import math
 
@@ -17,7 +17,7 @@ from memjax.training.program import TrainProgram
 
 
 def by_hand(config: ScheduleConfig, steps: int, number: int) -> float:
-    """The rate of the step with the given number, counted from 1."""
+    """The learning rate of a step, numbered from 1."""
     if number < config.warmup_steps:
         return config.lr * number / config.warmup_steps
     if config.schedule == "constant":
@@ -80,7 +80,7 @@ def test_tables_have_a_schedule_of_their_own(tiny):
 
 @pytest.fixture(scope="module")
 def first_updates(tiny):
-    """first_updates(gradient, ...): what one step at rate 1 adds to parameters that are all 1, by path."""
+    """first_updates(gradient, ...): the first update at rate 1 of parameters that are all 1, by path."""
     parts = DecoderParts.of(tiny.config().model)
 
     def update(gradient: float, **optim) -> dict[str, np.ndarray]:
@@ -108,7 +108,7 @@ def test_queries_and_keys_move_at_a_share_of_the_rate(first_updates):
     slow = {path for path in updates if is_address(path)}
     assert {path.rpartition("/")[2] for path in slow} == {"keys", "query_kernel", "query_bias"}
     for path, update in updates.items():
-        # The first step of Adam is the sign of the gradient times the rate.
+        # Adam's first step is the rate times the gradient's sign.
         np.testing.assert_allclose(update, -0.25 if path in slow else -1.0, rtol=1e-4)
 
 
@@ -121,7 +121,7 @@ def test_matrices_decay_but_norms_and_biases_do_not(first_updates):
 
 
 def test_the_gradient_is_clipped_as_a_whole(first_updates):
-    # Against an eps of 1 the first step is g / (|g| + 1), which shows the size of the clipped gradient.
+    # With an eps of 1, the first step is g / (|g| + 1), which reveals the size of the clipped gradient.
     free, clipped = (first_updates(0.5, eps=1.0, weight_decay=0.0, max_grad_norm=clip) for clip in (None, 0.1))
     count = sum(update.size for update in free.values())
     each = 0.1 / math.sqrt(count)

@@ -1,4 +1,4 @@
-"""Which steps of a run are traced, and what is told of them."""
+"""Which steps of a run are traced, and what is reported about them."""
 
 import contextlib
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from memjax.training.profile import Profile
 
 
 def run(hook: Profile, steps: range, work: Callable[[], object] = lambda: None) -> list[int]:
-    """Goes through the steps as the loop does; those at which it paused."""
+    """Runs the steps as the training loop does; returns those at which it paused."""
     pauses: list[int] = []
     now = 0
 
@@ -39,7 +39,7 @@ def run(hook: Profile, steps: range, work: Callable[[], object] = lambda: None) 
 
 @pytest.fixture
 def fake_profiler(monkeypatch):
-    """Traces that cost nothing, and how often each end of one was called."""
+    """Replaces the profiler; records when traces start and stop."""
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))

@@ -1,4 +1,4 @@
-"""What a config's program is made of."""
+"""The training program that a config describes."""
 
 import dataclasses
 

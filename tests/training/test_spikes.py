@@ -1,4 +1,4 @@
-"""Updates that are skipped because the loss or the gradient norm has a spike."""
+"""Updates are skipped if the loss or the gradient norm spikes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from memjax.training import spikes
 
 
 def after(losses, norms=None) -> spikes.Recent:
-    """What is known after steps with these losses and gradient norms."""
+    """The statistics after steps with these losses and gradient norms."""
     recent = spikes.none_yet()
     for step, (loss, norm) in enumerate(zip(losses, losses if norms is None else norms, strict=True)):
         measured = {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm)}

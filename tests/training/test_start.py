@@ -1,4 +1,4 @@
-"""A run that starts from another's weights: strictly, once, and with nothing of the other's training."""
+"""A run that starts from another's weights, strictly and once, without the other's training state."""
 
 import dataclasses
 import pathlib
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A dense run, the same with memory, and a corpus."""
+    """A dense run, the same model with a memory, and a corpus."""
     folder = tmp_path_factory.mktemp("runs")
     parts, rng = DecoderParts.of(DENSE), np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4 + (leaf.ndim == 1), leaf.dtype)
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """run(config's folder, name, *settings) -> (exit code, what was printed)."""
+    """run(config's folder, name, *settings): returns (exit code, output)."""
 
     def run(config: str, name: str, *settings: str) -> tuple[int, str]:
         monkeypatch.setattr(main, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
@@ -87,7 +87,7 @@ def test_a_training_starts_from_the_weights_and_does_not_do_so_again_when_it_res
     assert "params/blocks/0/memory/scale" in moved
     assert all("/memory/" in name or name.startswith("tables/") for name in moved), "the dense part is frozen"
 
-    # Now the start is gone: the run resumes from its own checkpoint.
+    # The source of the weights is gone, but the run resumes from its own checkpoint.
     (folder / "new/summary.json").unlink()
     (folder / "memory").rename(folder / "elsewhere")
     code, printed = run("elsewhere", "new", "--train.init_from", start, "--allow_changed")
@@ -96,7 +96,7 @@ def test_a_training_starts_from_the_weights_and_does_not_do_so_again_when_it_res
     assert "resumed from step 1" in printed
     assert "starts from" not in printed
     later, scale = arrays_of(folder / "new"), "params/blocks/0/memory/scale"
-    # Adam's step is about the rate at most, so two steps beyond zero are more than a start anew could reach.
+    # An Adam step is at most about the rate, so a run that started again could not have come this far in one step.
     assert np.abs(later[scale]).max() > 1.5 * np.abs(after[scale]).max()
     assert not np.array_equal(later["tables/shared"], before["tables/shared"]), "the table learns once the scale moved"
     code, printed = run("memory", "new", "--train.init_from", str(folder / "dense"))
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(folder, run, ca
 
 
 def test_a_folder_that_holds_a_model_alone_is_not_resumed_but_says_how_to_train_it(folder, run):
-    for data in ([], ["--data.path", str(folder / "none.txt")]):  # whose absence is not told first
+    for data in ([], ["--data.path", str(folder / "none.txt")]):  # missing data is not reported first
         code, printed = run("memory", "memory", *data)
         assert code == 2
         assert re.search(r"run\.dir=\S+/memory holds a model without the state of a training", printed)
@@ -154,7 +154,7 @@ def test_tables_in_files_are_not_trained_and_the_run_that_they_were_made_from_is
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
-    """trained(name): a copy of a run with the steps 10 and 20, each with a document and the state of an optimizer."""
+    """trained(name): a copy of a run with steps 10 and 20, each with a document and optimizer state."""
     original = tmp_path_factory.mktemp("trained") / "run"
     with Checkpoints(original / "checkpoints") as checkpoints:
         for step in (10, 20):
@@ -215,7 +215,7 @@ def test_what_more_steps_do_to_the_rates_is_told(trained, capsys):
     longer = dataclasses.replace(before, train=dataclasses.replace(before.train, steps=40))
     log_schedule_changes(Claim(folder, longer, before=before))
     lr, last = before.optim.lr, before.optim.final_fraction
-    # By hand: step 21 of 40 is 21/40 of half a cosine; the shorter run had reached its lowest rate.
+    # Step 21 of 40 is 21/40 of half a cosine; the shorter run had already reached its lowest rate.
     now = lr * (last + (1 - last) * (1 + np.cos(np.pi * 21 / 40)) / 2)
     assert capsys.readouterr().out == (
         f"optim: its cosine schedule now spans 40 steps; the rate of step 21 is {now:.2e}, it was "

@@ -1,4 +1,4 @@
-"""A run that goes on needs no more memory than one that begins, on whatever mesh."""
+"""Resuming a run needs no more memory than starting one, on any mesh."""
 
 import os
 import pathlib
@@ -47,8 +47,8 @@ with jax.set_mesh(mesh), Checkpoints(folder) as checkpoints:
 
 
 def peak_of_start(folder: pathlib.Path, how: str, *, devices: int) -> int:
-    """Bytes by which a process grows while it starts."""
-    # As users compile: optimised code draws a table in a fraction of the time, and compilers need memory themselves.
+    """The bytes by which a process grows while it starts or resumes."""
+    # Compile as users do: optimised code draws a table much faster, and compiling needs memory itself.
     settings_of_tests = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in settings_of_tests} | {
         "JAX_PLATFORMS": "cpu",
@@ -66,10 +66,10 @@ def peak_of_start(folder: pathlib.Path, how: str, *, devices: int) -> int:
     not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's account of a program's memory"
 )
 def test_going_on_takes_no_more_memory_than_beginning_and_the_mesh_may_be_another(tmp_path):
-    # 250 MB, far more than all else.
+    # 250 MB, far more than everything else.
     table = 4 * 700**2 * 128
     fresh = peak_of_start(tmp_path, "fresh", devices=2)
     assert fresh > table
-    # Blocks are read side by side, so that the peak differs by a few percent from one time to the next; whatever else
-    # held the table, or a device's part of it, would be far more.
+    # Blocks are read concurrently, so the peak varies by a few percent; another copy of the table, or of one device's
+    # part, would be far larger.
     assert peak_of_start(tmp_path, "resume", devices=1) <= fresh + 0.15 * table

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.mark.slow
 def test_in_float32_one_step_is_that_of_plain_sgd_and_of_one_batch(tiny):
-    # One step from equal states: near ties between slots make longer runs part.
+    # A single step from equal states, since near ties between slots make longer runs diverge.
     batches = tiny.batches(1)
     rate = "--optim.table.lr 100.0 --optim.table.optimizer"
     plain = tiny.train(tiny.config(rate, "dense_sgd"), batches)
@@ -56,7 +56,7 @@ def test_replicas_of_a_stochastically_rounded_table_stay_bit_equal(tiny):
 
 @pytest.mark.slow
 def test_a_nan_in_one_perturbation_leaves_everything_as_it_was(tiny, monkeypatch):
-    # The NaN is in the columns of one device and in the tokens of one; all of them must leave the step out.
+    # Only one device's columns and tokens have the NaN, but all devices must skip the step.
     program, mesh = tiny.program_of(tiny.config("--optim.table.state_columns 64")), tiny.mesh(2, 2)
     with jax.set_mesh(mesh):
         state = tiny.quick_state(program, mesh)
@@ -76,7 +76,7 @@ def test_a_nan_in_one_perturbation_leaves_everything_as_it_was(tiny, monkeypatch
         monkeypatch.setattr(sharded, "bag", tiny.poisoned_bag(1))
         bad = make_train_step(program, mesh)
         state, metrics = bad(state, batches[2])
-        # The dense gradient does not pass through the perturbation: loss and norm look healthy.
+        # The dense gradient does not depend on the perturbation's cotangent, so loss and norm look healthy.
         assert np.isfinite(metrics["train/loss"])
         assert np.isfinite(metrics["train/grad_norm"])
         assert not metrics["healthy"]
@@ -114,7 +114,7 @@ def assert_same_bits(state, expected):
 
 
 def check_usage(tiny, state, report):
-    """The reads of two steps are those of their tokens without padding, and the report describes and forgets them."""
+    """Checks that reads of two steps are counted without padding, and that the report uses and resets them."""
     real = sum((batch["segments"] > 0).sum() for batch in tiny.batches(2))
     counts = {name: np.array(reads) for name, reads in state.reads.items()}
     assert set(counts) == {"L0", "L1"}

@@ -1,4 +1,4 @@
-"""Clipping of tables in the compiled step, against gradients that are read off unclipped steps."""
+"""Clipping of tables in the compiled step, against gradients inferred from unclipped steps."""
 
 import jax
 import numpy as np
@@ -6,13 +6,13 @@ import pytest
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
-# A first step of AdamW by g is g / (|g| + eps), which with a large eps tells of the size of g; a step of sgd is g.
+# AdamW's first step is g / (|g| + eps), which reveals the size of g if eps is large; an SGD step is g.
 SETTINGS = "--optim.lr 1.0 --optim.eps 1.0 --optim.weight_decay 0 --optim.key_lr_factor 1 --optim.table.lr 1.0"
 FLAT = "--optim.schedule constant --optim.table.schedule constant --optim.warmup_steps 0 --optim.table.warmup_steps 0"
 
 
 def moved(run):
-    """What a step changed: dense parameters, one table."""
+    """What a step subtracted from the dense parameters and from the table."""
     before, after = (jax.tree.leaves((state.params, state.tables)) for state in (run.before, run.after))
     *dense, table = (old - new for old, new in zip(before, after, strict=True))
     return dense, table
@@ -20,7 +20,7 @@ def moved(run):
 
 @pytest.fixture(scope="module")
 def gradients(tiny):
-    """Of the batch, before any clipping."""
+    """The batch's unclipped gradients, inferred from a step without clipping."""
     config = tiny.config(SETTINGS, FLAT, "--optim.max_grad_norm null --optim.table.optimizer dense_sgd", wide=True)
     dense, table = moved(tiny.train(config, tiny.batches(1)))
     return [move / (1 - np.abs(move)) for move in dense], table
@@ -44,7 +44,7 @@ def norm(arrays) -> float:
 def test_the_step_is_that_of_clipped_gradients(tiny, gradients, clip, more, mesh):
     dense, table = gradients
     norms = norm(dense), norm([table])
-    limit = sum(norms) / 2  # one of the two is above it
+    limit = sum(norms) / 2  # at least one of the two norms exceeds it
     config = tiny.config(SETTINGS, FLAT, f"--optim.clip_tables {clip} --optim.max_grad_norm {limit}", more, wide=True)
     run = tiny.train(config, tiny.batches(1), mesh)
     factors = [limit / np.hypot(*norms)] * 2 if clip == "joint" else [min(1, limit / each) for each in norms]

@@ -1,4 +1,4 @@
-"""The moving average of the dense parameters, and updates that are skipped, in the compiled step and over a restart."""
+"""The moving average of dense parameters, and skipped updates, in the compiled step and across a restart."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def test_the_average_follows_the_updates_and_a_skipped_step_changes_nothing_but_
         moments = lambda opt_state: [leaf for leaf in leaves(opt_state) if leaf.ndim]
         assert same_bits(moments(state.opt_state), moments(before.opt_state))
 
-        # The learning rate goes on falling, although the optimizer has made an update less than steps.
+        # The learning rate follows the number of steps, not of the optimizer's updates.
         state = with_recent(state, before.recent)
         rate = program.schedule(4)
         state, metrics = step(state, put(batches[3]))
@@ -75,12 +75,12 @@ def test_the_average_follows_the_updates_and_a_skipped_step_changes_nothing_but_
 
 
 def with_recent(state, recent):
-    """The state that knows other steps before it."""
+    """The state, with other statistics of recent steps."""
     return dataclasses.replace(state, recent=jax.device_put(recent, state.step.sharding))
 
 
 def check_checkpoint(tiny, program, mesh, state, path) -> None:
-    """It comes back bit for bit, is loaded by choice, and begins at the parameters where a checkpoint has none."""
+    """Checks that the average is restored bit for bit, loaded on request, and starts from the parameters if missing."""
     documents = {META: meta_document(program.config, ByteTokenizer(), step=3), DATA_ITER: {}}
     items = to_items(state)
     with Checkpoints(path / "with") as checkpoints:

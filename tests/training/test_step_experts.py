@@ -1,4 +1,4 @@
-"""Training steps of a model with experts: equal on every mesh, and what they report."""
+"""Training steps of a model with experts: equal on every mesh, and with the right metrics."""
 
 import functools
 
@@ -17,7 +17,7 @@ MODEL = """
 
 @pytest.fixture(scope="module")
 def trained(tiny, float64):
-    """trained(settings, mesh): some steps; runs are kept."""
+    """trained(settings, mesh): the result of a few steps, cached."""
 
     @functools.cache
     def run(settings: str = "", mesh_shape: tuple[int, int] = (1, 1)):
@@ -61,7 +61,7 @@ def test_router_losses_are_learned_from_and_not_told_as_the_models_loss(trained)
     with_losses, without = trained(), trained(f"{weights} --train.grad_accum_steps 2")
     np.testing.assert_allclose(with_losses.losses[0], without.losses[0], rtol=1e-12)
     assert np.all(np.abs(with_losses.losses[1:] / without.losses[1:] - 1) > 1e-6)
-    # All but the balance loss are sums over tokens, and do not tell how a batch is cut.
+    # All but the balance loss are sums over tokens, so they do not depend on micro-batches.
     for name in ("z_loss", "entropy", "most_loaded", "least_loaded"):
         one, other = (run.metrics[0][f"moe/L0/{name}"] for run in (with_losses, without))
         np.testing.assert_allclose(one, other, rtol=1e-12)

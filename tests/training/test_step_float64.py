@@ -1,6 +1,6 @@
-"""The training step in double precision, where two ways to the same numbers must agree to the last digits.
+"""The training step in double precision, where two ways of computing a number must agree to the last digits.
 
-In float32 rounding decides between slots of nearly equal scores, and two runs part for good; here no such tie is near.
+In float32, rounding decides between slots with nearly equal scores, and runs diverge; here there are no near ties.
 """
 
 import functools
@@ -21,25 +21,25 @@ STEPS = 4
 
 
 def moved(trained, what: str) -> np.ndarray:
-    """How far a run's tables (or parameters) went, as one vector."""
+    """The change of a run's tables (or parameters), as one vector."""
     before, after = (jax.tree.leaves(getattr(state, what)) for state in (trained.before, trained.after))
     return np.concatenate([(new - old).ravel() for old, new in zip(before, after, strict=True)])
 
 
 def difference(this, other, what: str = "tables") -> float:
-    """Norm of the difference of two movements over the norm of the movement; the norm of the tables would ask less."""
+    """The relative difference of two changes; relative to the tables themselves, it would be a weaker test."""
     return float(np.linalg.norm(moved(this, what) - moved(other, what)) / np.linalg.norm(moved(other, what)))
 
 
 def plain_bag(table, indices, weights, perturbation=None, **_):
-    """The bag as autodiff differentiates it by itself, with no rule of ours."""
+    """The bag in plain JAX, differentiated without our custom rule."""
     out = jnp.einsum("tk,tkd->td", weights, table[indices])
     return out if perturbation is None else out + perturbation
 
 
 @pytest.fixture(scope="module")
 def sgd(tiny, float64):
-    """sgd(settings, mesh): some steps with a large rate on the tables; runs are kept."""
+    """sgd(settings, mesh): the result of a few steps with a large rate for the tables, cached."""
 
     @functools.cache
     def run(settings: str, mesh_shape: tuple[int, int] = (1, 1)):
@@ -59,7 +59,7 @@ def sgd(tiny, float64):
         ("true", "sgd", (1, 1)),
         ("true", "sgd --train.grad_accum_steps 2 --mesh.row_grad_reduce all_reduce", (2, 4)),
         ("false", "sgd --train.grad_accum_steps 2 --mesh.row_grad_reduce all_gather", (1, 1)),
-        # Row gradients of micro-batches are summed as they come.
+        # Enough micro-batches for row gradients to be summed as they arrive.
         ("true", "sgd --train.grad_accum_steps 8", (1, 1)),
     ],
 )
@@ -74,12 +74,12 @@ def test_row_updates_of_micro_batches_on_a_mesh_are_plain_sgd_on_the_whole_batch
     assert difference(rows, plain) <= 1e-12
     assert difference(rows, plain, "params") <= 1e-12
     np.testing.assert_allclose(rows.losses, plain.losses, rtol=1e-12)
-    # The batches learn unequal numbers of tokens, and so do the micro-batches they are cut into.
+    # Batches, and the micro-batches they are split into, have unequal numbers of target tokens.
     assert [row["train/target_tokens"] for row in rows.metrics] == [b["loss_mask"].sum() for b in tiny.batches(STEPS)]
 
 
 def adam(rows, state, gradient, step, optim):
-    """Per element, with the bias correction of the step's number."""
+    """Adam for each element, with bias correction by the number of the step."""
     first, second = state.get("first", 0 * rows), state.get("second", 0 * rows)
     first = optim.beta1 * first + (1 - optim.beta1) * gradient
     second = optim.beta2 * second + (1 - optim.beta2) * gradient**2
@@ -88,7 +88,7 @@ def adam(rows, state, gradient, step, optim):
 
 
 def rowwise_adam(rows, state, gradient, step, optim):
-    """One second moment for `state_columns` neighbours, begun by the first gradient that is not zero."""
+    """One second moment per `state_columns` adjacent columns, initialised by the first non-zero gradient."""
     width = optim.state_columns
     second = state.get("second", np.zeros((rows.shape[0], rows.shape[1] // width))).copy()
     new = rows.copy()
@@ -106,7 +106,7 @@ def rowwise_adam(rows, state, gradient, step, optim):
 def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeypatch, kind, rule):
     config = tiny.config(
         f"--optim.table.optimizer {kind} --optim.table.lr 0.05 --optim.table.state_columns 64",
-        # Of many slots only some are read in a step.
+        # Enough slots that each step reads only some of them.
         "--model.memory.num_keys 24",
         wide=True,
     )
@@ -114,7 +114,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
 
     @jax.jit
     def oracle(params, tables, batch):
-        """Mean loss of the target tokens, the slots that were read, and the loss's gradient by plain autodiff."""
+        """The mean loss of the target tokens, the slots read, and the loss's gradient by plain autodiff."""
 
         def loss(tables):
             model = program.parts.merge(params, tables)
@@ -143,7 +143,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
             gradient = np.asarray(gradients["shared"])
             assert not gradient[np.setdiff1d(np.arange(len(expected)), touched)].any()
             new, new_moments = rule(expected, moments, gradient, number, config.optim.table)
-            # Lazy: rows that were not read keep their values and their moments.
+            # Lazy updates: rows that were not read keep their values and moments.
             old = {name: moments.get(name, np.zeros_like(array)) for name, array in new_moments.items()}
             expected[touched] = new[touched]
             for name, array in new_moments.items():
@@ -157,7 +157,7 @@ def test_rows_follow_their_rule_on_the_gradient_of_the_whole_table(tiny, monkeyp
 
 
 def test_every_mesh_draws_the_same_model_and_gives_the_same_losses(tiny):
-    """With dense parameters split over all devices, which is the default."""
+    """Dense parameters are split over all devices, by default."""
     batches, runs = tiny.batches(4) * 5, {}
     for mesh_shape in ((1, 1), (1, 2), (4, 1), (2, 4)):
         config = tiny.config(

@@ -1,4 +1,4 @@
-"""What the compiled step holds: no second table, and no second search."""
+"""The compiled step holds no second copy of a table, and searches only once."""
 
 import re
 from typing import Any
@@ -33,7 +33,7 @@ SHARDED = """
 
 
 def top_k_calls(compiled) -> int:
-    """Selections in a compiled program: an operation, a call, or a sort of values with their places."""
+    """Counts top-k selections in a compiled program: an operation, a call, or a sort of values with their indices."""
     return len(re.findall(r'= \S+ topk\(|custom_call_target="TopK"|= \(f\d+\S+ s32\S+ sort\(', compiled.as_text()))
 
 
@@ -76,8 +76,8 @@ def test_clipping_tables_copies_none_and_measures_with_the_memory_that_is_planne
         temporary[clip] = compiled.memory_analysis().temp_size_in_bytes
         planned[clip] = sum(_Planner(config, program, 1).row_update().values())
     assert temporary["joint"] < table / 2
-    assert planned["joint"] - planned["null"] == 2**16 * 4  # one number a row
-    assert temporary["joint"] - temporary["null"] < 2**20  # with a chunk of picks
+    assert planned["joint"] - planned["null"] == 2**16 * 4  # one number per row
+    assert temporary["joint"] - temporary["null"] < 2**20  # plus a chunk of picks
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_row_gradients_do_not_grow_with_the_micro_batches(tiny):
             step: Any = make_train_step(program, mesh)
             compiled = step.lower(program.abstract_state, abstract_batch(config)).compile()
         temporary[count] = compiled.memory_analysis().temp_size_in_bytes
-    # Of one micro-batch: 256 tokens in 2 layers, each with 6 picks of 8 bytes and 256 columns.
+    # Less than one micro-batch: 256 tokens in 2 layers, each with 6 picks of 8 bytes and 256 columns.
     assert temporary[12] - temporary[2] < 256 * 2 * (6 * 8 + 256 * 4)
 
 
@@ -116,7 +116,7 @@ def test_no_device_is_given_or_draws_or_keeps_all_dense_parameters(tiny):
         drawn = program.init(jax.random.key(0), mesh)
     dense, tables = num_bytes((state.params, state.opt_state)), num_bytes((state.tables, state.table_state))
     matrices = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim >= 2]
-    # Of the matrices each device has an eighth, of the tables a quarter, and a little that is everywhere.
+    # Each device has an eighth of the matrices, a quarter of the tables, and a few replicated arrays.
     assert num_bytes(matrices) > 0.3 * dense
     share = dense / 8 + tables / 4
     memory = compiled.memory_analysis()
@@ -124,11 +124,11 @@ def test_no_device_is_given_or_draws_or_keeps_all_dense_parameters(tiny):
     assert share < sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(drawn)) < 1.1 * share
 
     text = compiled.as_text()
-    # JAX names what gathers a parameter after the constraint or, from 0.11 on, after the parameter.
+    # JAX names the all-gather of a parameter after the sharding constraint or, from 0.11 on, after the parameter.
     of_parameters = re.compile(r" all-gather\(.*op_name=\"(state\.params|[^\"]*/sharding_constraint)")
     gathered = [line for line in text.splitlines() if of_parameters.search(line)]
     assert len(gathered) >= len(matrices), "every matrix is gathered for its use"
-    # Gradients are summed in pieces, so the optimizer works on an eighth of a matrix: on CPUs, XLA writes an all-reduce
-    # and a slice for what is a reduce-scatter on GPUs.
+    # Gradients are reduce-scattered, so the optimizer works on an eighth of a matrix. (On CPUs, XLA compiles this to an
+    # all-reduce and a slice.)
     assert re.search(r"f32\[8,256\]\S* sqrt\(", text)
     assert not re.search(r"f32\[(64,256|256,64|64,512|512,64)\]\S* sqrt\(", text)

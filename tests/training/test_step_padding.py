@@ -1,4 +1,4 @@
-"""Padding changes nothing: the same documents in longer rows, filled up with padding, train the same model."""
+"""Padding changes nothing: the same documents in rows with more padding train the same model."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ LONG = 48
 
 
 def longer(batch, length, *, token):
-    """The batch in rows of the given length; what stands in padding is no zero, so that it would show."""
+    """Pads the batch's rows to the given length; padding is non-zero, so that any use of it would show."""
     fill = {"segments": 0, "loss_mask": 0, "tokens": token, "targets": token + 2, "positions": 3}
     return {
         name: np.pad(rows, [(0, 0), (0, length - rows.shape[1])], constant_values=fill[name])
@@ -30,11 +30,11 @@ def longer(batch, length, *, token):
 
 
 def documents(tiny, steps):
-    """Batches of rows of 24 tokens: the fixture's, three next to each other as documents of their own."""
+    """Batches with rows of 24 tokens, each joined from three of the fixture's rows as separate documents."""
     found = []
     for parts in zip(*[iter(tiny.batches(3 * steps))] * 3, strict=True):
         joined = {name: np.concatenate([part[name][:8] for part in parts], axis=1) for name in parts[0]}
-        # Padding comes last in its row, so the three are brought together in front of it.
+        # Move the padding of all three to the end of the row.
         order = np.argsort(joined["segments"] == 0, axis=1, kind="stable")
         shifted = [np.where(part["segments"][:8] > 0, part["segments"][:8] + 2 * n, 0) for n, part in enumerate(parts)]
         joined["segments"] = np.concatenate(shifted, axis=1)
@@ -43,7 +43,7 @@ def documents(tiny, steps):
 
 
 def trained(tiny, runs, optimizer, settings=SIZES):
-    """Of each list of batches what training on it makes of one and the same beginning: (losses, state)."""
+    """Trains on each list of batches from the same initial state; returns (losses, state) of each."""
     length = runs[0][0]["tokens"].shape[1]
     own = f"--data.sequence_length {length} --optim.table.optimizer {optimizer} --optim.lr 1e-3 --optim.table.lr 1e-3"
     config = tiny.config(settings, own, "--data.batch_size 8", wide=True)
@@ -60,7 +60,7 @@ def trained(tiny, runs, optimizer, settings=SIZES):
 
 
 def differences(one, other):
-    """The largest in losses, tables, their optimizer's state and read counters."""
+    """The largest differences in losses, tables, their optimizer state and read counters."""
     largest = lambda this, that: max(
         float(np.abs(a - b).max(initial=0)) for a, b in zip(jax.tree.leaves(this), jax.tree.leaves(that), strict=True)
     )
@@ -71,10 +71,10 @@ def differences(one, other):
 
 @pytest.mark.parametrize("optimizer", ["adam", "rowwise_adam", "rowwise_adagrad", "sgd"])
 def test_rows_that_end_in_more_padding_train_the_same_tables_and_states(tiny, optimizer):
-    """To rounding: sums over 48 tokens are formed in another order than sums over 24.
+    """They agree up to rounding, as sums over 48 tokens are formed in another order than sums over 24.
 
-    Rounding errors grow with steps and rates: at rates fifty times as high to 1e-10 in tables, and as much where only
-    the order of the rows in a batch is another.
+    Rounding errors grow with steps and rates: at fifty times these rates they reach 1e-10 in tables, but so they do if
+    only the rows of a batch are reordered.
     """
     batches = documents(tiny, 60)
     (short,) = trained(tiny, [batches], optimizer)

@@ -1,4 +1,4 @@
-"""The training step with a memory and a PEER layer, in double precision: meshes and plain autodiff agree."""
+"""The training step with a memory and a PEER layer, in double precision, on meshes and against plain autodiff."""
 
 import functools
 
@@ -22,20 +22,20 @@ EXPERTS = ("experts_inputs", "experts_outputs")
 
 
 def plain_bag(table, indices, weights, perturbation=None, **_):
-    """The bag as autodiff differentiates it by itself, with no rule of ours."""
+    """The bag in plain JAX, differentiated without our custom rule."""
     out = jnp.einsum("tk,tkd->td", weights, table[indices])
     return out if perturbation is None else out + perturbation
 
 
 def plain_dot(table, indices, vectors, perturbation=None, **_):
-    """So the dot."""
+    """The dot, likewise."""
     out = jnp.einsum("tkd,td->tk", table[indices], vectors)
     return (out if perturbation is None else out + perturbation), vectors
 
 
 @pytest.fixture(scope="module")
 def trained(tiny, float64):
-    """trained(settings, mesh): some steps with a large rate on the tables; runs are kept."""
+    """trained(settings, mesh): the result of a few steps with a large rate for the tables, cached."""
 
     @functools.cache
     def run(settings: str, mesh_shape: tuple[int, int] = (1, 1)):
@@ -51,7 +51,7 @@ def trained(tiny, float64):
 
 
 def assert_same_movement(this, other, tolerance):
-    """Every table and parameter went where it went in the other run, by the length of its way."""
+    """Checks that every table and parameter changed as in the other run, relative to the size of the change."""
     for what in ("tables", "params"):
         leaves = [jax.tree.leaves(getattr(state, what)) for run in (this, other) for state in (run.before, run.after)]
         for before, after, other_before, other_after in zip(*leaves, strict=True):

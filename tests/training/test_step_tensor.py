@@ -1,4 +1,4 @@
-"""Training steps on meshes with a tensor axis equal those on one device, to the last digits of double precision."""
+"""Training steps on meshes with a tensor axis equal those on one device, to the last digits in float64."""
 
 import functools
 import re
@@ -18,7 +18,7 @@ from memjax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-# Eight heads of a width that eight devices can share, and rates that do not blow up what is rounded otherwise.
+# Eight heads, which eight devices can share, and an eps that keeps Adam from amplifying rounding errors.
 SIZES = """
 --model.dim 32 --model.num_heads 8 --model.num_kv_heads 8 --model.head_dim 4 --model.ffn_dim 32 --model.vocab_size 264
 --model.dtype float64 --model.param_dtype float64 --optim.eps 1e-4
@@ -40,7 +40,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def trained(tiny, float64):
-    """trained(model, mesh, dense): some steps; runs are kept."""
+    """trained(model, mesh, dense): the result of a few steps, cached."""
 
     @functools.cache
     def run(model: str, mesh_shape: tuple[int, int, int] = (1, 1, 1), dense: str = "sharded"):
@@ -131,5 +131,5 @@ def test_a_dense_block_sums_activations_over_tensor_and_gathers_no_weights(tiny)
         r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(", text
     )
     assert {name for _, name in found} == {"all-reduce"}
-    # Forward after the embedding, attention and feed-forward layer, backward in front of the last two.
+    # Forward: after the embedding, attention and feed-forward layer; backward: before the last two.
     assert sum(shapes.count("f64[4,8,32]") for shapes, _ in found) == 5

@@ -1,4 +1,4 @@
-"""A grid of runs: what words mean, what is refused before the first run, and how processes are handled."""
+"""Grids of runs: how arguments are read, what is refused before the first run, and how processes are handled."""
 
 import json
 import pathlib

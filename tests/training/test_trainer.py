@@ -1,4 +1,4 @@
-"""The loop's pauses, saves and errors of hooks. Whole runs: test_main.py and tests/end_to_end."""
+"""The loop's pauses, saves and errors in hooks; test_main.py and tests/end_to_end cover whole runs."""
 
 import time
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def test_a_pause_in_training_leaves_every_step_its_own_time():
 
 
 class Failing(Hook):
-    """Raises where it is told to."""
+    """Raises in the methods given."""
 
     def __init__(self, *where: str):
         self.where, self.restored = where, []
@@ -56,7 +56,7 @@ class Failing(Hook):
 
 
 class Saves:
-    """Notes what a trainer saves."""
+    """Records what a trainer saves."""
 
     def save(self, step, items, documents, **_):
         self.step, self.documents = step, documents
@@ -67,7 +67,7 @@ class Saves:
 
 @pytest.fixture
 def trainer(monkeypatch) -> Any:
-    """After two steps, both in flight, with a hook that notes the rows."""
+    """A trainer with two steps in flight, and a hook that records rows."""
     monkeypatch.setattr(trainer_module, "to_items", lambda state: {})
     monkeypatch.setattr(trainer_module, "meta_document", lambda config, tokenizer, *, step: {"step": step})
     trainer: Any = Trainer.__new__(Trainer)

@@ -1,4 +1,4 @@
-"""Runs to Hugging Face folders and back."""
+"""Conversion of runs to Hugging Face folders and back."""
 
 import dataclasses
 import json
@@ -100,7 +100,7 @@ def test_rounded_tables_give_the_logits_that_they_are_read_with_and_are_describe
 
 
 def test_what_belongs_to_the_model_is_kept_from_where_it_came(memory_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "_logits", lambda model: np.zeros(1))  # which are not the matter here
+    monkeypatch.setattr(huggingface, "_logits", lambda model: np.zeros(1))  # logits do not matter here
     to_hf(memory_run, tmp_path / "like")
     fields = json.loads((tmp_path / "like" / "config.json").read_text())
     changed = {"max_position_embeddings": 4096, "eos_token_id": [2, 7]}

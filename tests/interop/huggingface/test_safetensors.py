@@ -1,4 +1,4 @@
-"""Files that are broken or lie, and files that are cut into parts; headers are made by hand."""
+"""Broken, lying and sharded files; headers are made by hand."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ def write_raw(path: pathlib.Path, header: dict | bytes, data: bytes, length: int
 
 
 def write_shards(folder: pathlib.Path, **weight_map) -> None:
-    """Tensor a in the first file, b in the second, and an index that says what is asked."""
+    """Writes tensor a to the first file, b to the second, and an index with the given entries."""
     save_file({"a": np.ones(2, np.float32)}, folder / ONE)
     save_file({"b": np.zeros(2, np.float32)}, folder / TWO)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": ONE, "b": TWO} | weight_map}))

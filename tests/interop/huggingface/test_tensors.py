@@ -1,4 +1,4 @@
-"""Weights of transformers give its logits here, and are written with the same bits; see fixtures/make_llama.py."""
+"""Weights of transformers give its logits, and are written back with the same bits; see fixtures/make_llama.py."""
 
 import json
 import pathlib
@@ -45,7 +45,7 @@ def test_a_model_of_transformers_has_its_logits_here_and_keeps_its_bits(name, tm
     expected = np.load(MODELS / name / "logits.npy")
     assert np.abs(expected).max() > 1, "the tolerance would mean nothing"
     np.testing.assert_allclose(forward(model, TOKENS), expected, rtol=0, atol=1e-4)
-    # float16, in which no decoder here is kept, goes through float32 and back.
+    # float16 is not a dtype of our decoders, so it is widened to float32 and written back.
     write_model(tmp_path, model, dtype="float16" if name == "mistral" else None, max_bytes=10**9)
     assert bits(tensors_in(tmp_path)) == bits(tensors_in(MODELS / name))
 

@@ -1,4 +1,4 @@
-"""Tokenizers in and out of Hugging Face folders; their own libraries say what the files mean."""
+"""Tokenizers in and out of Hugging Face folders, checked against the libraries that define the files."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ SPECIAL = ["<|begin|>", "<|stop|>", "<|pad|>"]
 
 @pytest.fixture(scope="module")
 def byte_level() -> dict:
-    """A tokenizer.json whose special tokens have names that nobody knows."""
+    """A tokenizer.json whose special tokens have unknown names."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -110,7 +110,7 @@ def test_what_is_written_encodes_as_before_and_is_read_again(kind, byte_level, p
     folder.mkdir()
     tokenizer = before[kind]
     assert write_tokenizer(folder, tokenizer)
-    # What `generate` of a decoder takes; transformers 4 adds token types, which it refuses, where nothing is named.
+    # The inputs of a decoder's `generate`; by default, transformers 4 adds token types, which `generate` refuses.
     assert json.loads((folder / "tokenizer_config.json").read_text())["model_input_names"] == [
         "input_ids",
         "attention_mask",
@@ -124,7 +124,7 @@ def test_what_is_written_encodes_as_before_and_is_read_again(kind, byte_level, p
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in TEXTS[:2]:
         assert library.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
-    if kind != "hf":  # whose decoder is its own business
+    if kind != "hf":  # the decoder of "hf" is kept as it is
         assert [library.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
     name = next(name for name, token in tokenizer.special_tokens.items() if token == tokenizer.eos_id)
     assert library.encode(f"the{name}").ids[-1] == tokenizer.eos_id
@@ -132,7 +132,7 @@ def test_what_is_written_encodes_as_before_and_is_read_again(kind, byte_level, p
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_a_space_in_front_of_texts_is_told_to_transformers_4_too(adds, byte_level, tmp_path):
-    """It changes the pre-tokenizer of the file to what tokenizer_config.json says, or to its own default."""
+    """transformers 4 overrides the file's pre-tokenizer by tokenizer_config.json, or else by its own default."""
     before = {**byte_level["pre_tokenizer"], "add_prefix_space": adds}
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level | {"pre_tokenizer": before}))
     tokenizer = read_tokenizer(tmp_path, None, {"bos_token_id": 0, "eos_token_id": 1})[1]
@@ -149,7 +149,7 @@ def test_a_kind_that_has_no_form_there_is_not_written(tmp_path):
 
 
 def _chatml(folder, pieces: bytes, *, in_json: bool) -> int:
-    """The folder of a SentencePiece model to which two tokens were added; the first new id."""
+    """Writes the folder of a SentencePiece model with two added tokens; returns the first new id."""
     library = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     size = library.GetPieceSize()
     added = {"<|im_start|>": size, "<|im_end|>": size + 1}
@@ -239,7 +239,7 @@ def _template(name: str, token: int) -> dict:
         (_template("<|begin|>", 0), {"add_bos_token": 0}, False),
         (None, {"add_bos_token": 1}, True),
         (_template("<|begin|>", 0), {"add_bos_token": None}, True),
-        # transformers 4 and 5 read it of no other class.
+        # transformers 4 and 5 read the flag only for some classes.
         (_template("<|begin|>", 0), {"add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}, True),
         (None, {"add_bos_token": True, "tokenizer_class": "Qwen2Tokenizer"}, False),
     ],

@@ -1,4 +1,4 @@
-"""The torch code in exported folders, as far as it can be checked without torch; experiments/references runs it."""
+"""The torch code of exported folders, checked as far as possible without torch; experiments/references runs it."""
 
 import ast
 import dataclasses
@@ -30,14 +30,14 @@ EVERYTHING = ModelConfig(
 
 
 def exported_names(config: ModelConfig) -> set[str]:
-    """What the tensors of a model are called in files, with * for the number of a block and the name of a table."""
+    """The names of a model's tensors in files, with * for a block's index or a table's name."""
     parts = DecoderParts.of(config)
     tensors = _tensors(params_to_tree(parts.abstract_params), parts.abstract_tables, config).values()
     return {re.sub(r"(layers|tables)\.\w+\.", r"\1.*.", tensor.name) for tensor in tensors}
 
 
 def declared_names(class_name: str) -> Iterator[str]:
-    """What the parameters of a class are called, as its assignments to self say."""
+    """Yields the names of a class's parameters, by its assignments to self."""
     (init,) = (node for node in CLASSES[class_name].body if getattr(node, "name", None) == "__init__")
     for node in ast.walk(init):
         if isinstance(node, ast.Assign):
@@ -70,7 +70,7 @@ def test_the_torch_code_declares_the_parameters_that_are_exported():
 
 
 def test_no_layer_takes_the_number_of_tokens_as_a_constant():
-    # torch.export would make a program for that number alone; sizes of parameters are constants.
+    # torch.export would specialise the program to that number; only parameter sizes may be constants.
     forwards = [part for node in CLASSES.values() for part in node.body if getattr(part, "name", None) == "forward"]
     assert len(forwards) > 8
     calls = [ast.unparse(call) for forward in forwards for call in ast.walk(forward) if isinstance(call, ast.Call)]

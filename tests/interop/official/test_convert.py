@@ -1,4 +1,4 @@
-"""Official checkpoints give the numbers that the paper's formulas give, computed here in NumPy from the raw arrays."""
+"""Converted official checkpoints agree with the paper's formulas, computed in NumPy from the raw arrays."""
 
 import json
 import pathlib
@@ -49,7 +49,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def memory_by_hand(arrays: dict[str, np.ndarray], x: np.ndarray, top_k: int) -> np.ndarray:
-    """The layer of the paper over [tokens, dim], from arrays as the official code keeps them, in float64."""
+    """The paper's layer over [tokens, dim] in float64, from arrays named and laid out as in the official code."""
     a = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     n = int(len(a["values.weight"]) ** 0.5)
     half = a["keys"].shape[1]
@@ -77,7 +77,7 @@ def memory_by_hand(arrays: dict[str, np.ndarray], x: np.ndarray, top_k: int) -> 
 
 
 def slopes(function, array: np.ndarray) -> np.ndarray:
-    """Central differences of a number with respect to an array that it reads."""
+    """Central differences of a scalar function with respect to an array that it reads."""
     found, step = np.zeros(array.shape), 1e-6
     for place in np.ndindex(array.shape):
         kept = array[place]
@@ -174,7 +174,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def turned(x: np.ndarray, theta: float) -> np.ndarray:
-    """Rotary positions of [tokens, heads, head_dim]: neighbours as complex numbers."""
+    """Rotary embedding of [tokens, heads, head_dim], with neighbours as complex numbers."""
     pairs = x[..., ::2] + 1j * x[..., 1::2]
     frequencies = theta ** (-np.arange(pairs.shape[-1]) / pairs.shape[-1])
     pairs = pairs * np.exp(1j * np.arange(len(x))[:, None, None] * frequencies)
@@ -212,7 +212,7 @@ def test_a_whole_checkpoint_becomes_a_run_with_the_same_logits(tmp_path, fixture
     config = from_official(FIXTURE, tmp_path / "run", tokenizer="byte")
     assert config.model.memory is not None
     assert (config.model.memory.top_k, config.model.memory.table_dtype) == (3, "bfloat16")
-    # The bag of a bfloat16 table is one too; in float32 the same numbers show whether they are in the right places.
+    # A bfloat16 table gives bfloat16 bags; loading in float32 allows an exact comparison.
     model, tokenizer = memjax.load(tmp_path / "run", dtype="float32")
     tokens = [1, 250, 17, 33, 33, 128, 64]
     assert tokenizer.vocab_size <= 260
@@ -236,7 +236,7 @@ def test_safetensors_and_torch_give_the_same_model(tmp_path, fixture_arrays):
 
 
 def two_memory_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The second block as the third too, with a table that is shared."""
+    """Copies the second block to the third, so that both share a table."""
     copied = {name.replace("layers.1", "layers.2"): array for name, array in arrays.items() if "layers.1" in name}
     return arrays | copied
 

@@ -1,4 +1,4 @@
-"""Files of torch.save are read without torch, and nothing in them is ever run."""
+"""Files of torch.save are read without torch, and nothing in them is ever executed."""
 
 import builtins
 import os
@@ -165,7 +165,7 @@ def test_a_flipped_bit_is_found_when_the_tensor_is_read(tmp_path):
 
 
 _TWICE = b"q\x00h\x00\x86"
-"""A tuple of what is on top of the stack, twice."""
+"""A tuple that holds the top of the stack twice."""
 
 
 @pytest.mark.parametrize(

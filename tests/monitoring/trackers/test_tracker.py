@@ -1,4 +1,4 @@
-"""Trackers get every step once, and nothing they do can stop a run."""
+"""Trackers receive every step once, and no failure of theirs stops a run."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def config(name: str) -> RunConfig:
 
 
 class FakeService(types.ModuleType):
-    """A tracking library that keeps what it is told, and raises at one stage."""
+    """A tracking library that records its calls, and raises at one stage."""
 
     def __init__(self, name: str, fails_at: str = "", error: BaseException | None = None):
         super().__init__(name)
@@ -56,7 +56,7 @@ class FakeService(types.ModuleType):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """installed(name, fails_at): a fake library in place of the true one."""
+    """installed(name, fails_at): replaces the library by a fake."""
 
     def install(name: str, fails_at: str = "", error: BaseException | None = None) -> FakeService:
         library = FakeService(name, fails_at, error)
@@ -173,7 +173,7 @@ def test_a_service_that_falls_behind_is_dropped(monkeypatch, capsys):
 
 
 def shown_by_tensorboard(folder) -> list[tuple[int, str, float]]:
-    """What TensorBoard keeps: a start hides the events of its own and later steps that came before it."""
+    """The events that TensorBoard shows: a session start hides earlier events of its own step and later ones."""
     kept = []
     for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data, place = path.read_bytes(), 0

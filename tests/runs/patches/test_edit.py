@@ -1,4 +1,4 @@
-"""A patch is applied to a run and taken back without a bit of its checkpoints being touched."""
+"""Patches are applied to a run and reverted without touching its checkpoints."""
 
 import functools
 import pathlib
@@ -44,7 +44,7 @@ def arrays():
 
 
 def save(folder: pathlib.Path, change: dict[int, float] | None = None, *, dense: float = 0) -> str:
-    """A run whose table has some number added to some rows."""
+    """Saves a run, with numbers added to some rows of its table and to its dense parameters."""
     params, tables = arrays()
     rows = tables["shared"]
     for row, added in (change or {}).items():
@@ -66,7 +66,7 @@ def files_of(folder) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run, patches of two rows each that share none or one, and the tables that they make."""
+    """A run, patches of two rows each that share at most one, and the resulting tables."""
     folder = tmp_path_factory.mktemp("runs")
     base, changes = save(folder / "base"), {"a": {1: 1.0, 4: 2.0}, "b": {7: 1.0, 9: -1.0}, "c": {4: -3.0, 5: 1.0}}
     patches = {}
@@ -218,12 +218,12 @@ def test_a_lost_copy_of_an_applied_patch_is_named_with_the_ways_out(runs, tmp_pa
 
 
 class Died(BaseException):
-    """As a kill: nothing after it is written."""
+    """Stands for a kill: nothing is written afterwards."""
 
 
 @pytest.fixture
 def dies_at(monkeypatch):
-    """dies_at(moment): the list of patches and the copies of their files are written so many times, then never."""
+    """dies_at(moment): dies at the write after `moment` writes of the list of patches and copies of their files."""
 
     def limit(moment: int) -> None:
         left = iter(range(moment))

@@ -1,4 +1,4 @@
-"""Patches replace the rows that they name, refuse every other model, and are taken back bit for bit."""
+"""Patches replace the rows that they name, refuse any other model, and are reverted bit for bit."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a dry run tells of the files that the run would read."""
+"""What a dry run reports about the files that the run would read."""
 
 import json
 

@@ -15,8 +15,8 @@ from memjax.training.program import TrainProgram
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 
-# Gigabytes of these steps on one H100: arguments and temporaries of XLA's buffers, compiled with JAX 0.11.2 for a
-# described device (`jax.experimental.topologies`), so without the workspaces that cuDNN asks for when it is there.
+# Gigabytes of these steps on one H100: XLA's arguments and temporaries, compiled with JAX 0.11.2 for a described
+# device (`jax.experimental.topologies`), thus without cuDNN's workspaces.
 COMPILED = {
     "two layers: most of it is the loss": ("373m_dense", "--model.num_layers 2", 3.326),
     "memory": ("373m_memory_plus_1m", "--model.num_layers 4 --model.memory.layers 1,2,3", 9.286),
@@ -53,7 +53,7 @@ def test_state_is_counted_by_device_and_exactly():
     small = "--mesh.memory 3 --data.batch_size 6 --model.num_layers 3 --model.memory.layers 0,1,2"
     config = load(RunConfig, CONFIGS / "134m_memory_plus_1m.yaml", small.split())
     found = memory_plan.plan(config, data_axis=2)
-    # 2**20 rows of 768 columns in float32 over 3 devices, a second moment for each 256 columns, counters on each.
+    # 2**20 float32 rows of 768 columns over 3 devices, a second moment per 256 columns, and counters on each device.
     assert found.state["tables"] == 2**20 * 256 * 4
     assert found.state["optimizer of the tables"] == 2**20 * 4
     assert found.state["read counters"] == 3 * 2**20 * 4
@@ -63,7 +63,7 @@ def test_state_is_counted_by_device_and_exactly():
 
 
 def test_the_tensor_axis_halves_what_it_splits_and_nothing_else():
-    # Without biases and norms to speak of, and with little of the memory that is not split.
+    # Biases, norms and the unsplit part of the memory are small here.
     small = "--model.num_layers 3 --model.memory.layers 1 --mesh.dense replicated --mesh.data 2"
     one, two = (
         memory_plan.plan(config_of("373m_memory_plus_1m", f"{small} --mesh.tensor {tensor}"), data_axis=2)
@@ -86,11 +86,11 @@ def test_a_peer_layer_is_counted_with_both_its_tables():
     assert found.state["tables"] == 2 * 768**2 * 768 * 2
     assert found.state["optimizer of the tables"] == 2 * 768**2 * 3 * 4
     tokens = config.data.batch_size * config.data.sequence_length
-    # The stream, its norm and queries; of each pick score, place, weight, product and what comes of it; token and bag.
+    # Residual stream, its norm and queries; score, index, weight, product and activation of each pick; token and bag.
     kept = (2 * 768 + 4 * 256) * 2 + 128 * 20 + 2 * 768 * 2
     assert found.temporary["activations, memory"] == tokens * kept
     update = memory_plan._Planner(config, TrainProgram.of(config), 1)
-    # Weights of picks for each of the tables, and what they multiply: the token, and the bag's cotangent.
+    # Indices, weights for both tables, and the vectors that these multiply: the token and the bag's cotangent.
     assert update.row_gradients()["row gradients"] == tokens * (128 * (4 + 4 + 4) + 2 * 768 * 2)
     assert update.row_update()["sorted picks"] == tokens * (128 * PICK_BYTES + 768 * 2)
     assert "--model.peer.num_keys 543" in {name for name, _ in savings.savings(config, data_axis=1)}
@@ -104,18 +104,18 @@ def test_more_devices_and_micro_batches_need_less_of_each():
     twice = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum_steps=2))
     again = memory_plan.plan(twice, data_axis=1)
     assert again.temporary["activations, attention"] == activations[1]
-    # The sum of the micro-batches' gradients, in the type of the parameters.
+    # The sum of the micro-batches' gradients, in the parameters' dtype.
     assert again.temporary["accumulated gradients"] == plans[0].state["dense parameters"]
 
 
 def test_experts_are_planned_for():
     small = "--model.num_layers 2"
     dense, experts = (memory_plan.plan(config_of(f"373m_{kind}", small), data_axis=1) for kind in ("dense", "moe"))
-    # 7 more of them in 2 blocks, and the routers.
+    # 7 more feed-forward layers in each of 2 blocks, and the routers.
     more = 4 * 2 * (7 * 3 * 1024 * 2816 + 8 * 1024)
     assert experts.state["dense parameters"] - dense.state["dense parameters"] == more
     assert experts.temporary["activations, feed-forward"] == 0
-    # What one expert keeps is what a feed-forward layer keeps, and input and output beside the logits of the router.
+    # An expert keeps as much as a feed-forward layer, plus input, output and the router's logits.
     kept = experts.temporary["activations, experts"] - dense.temporary["activations, feed-forward"]
     assert kept == 2 * 4 * 4096 * (2 * 1024 * 2 + 8 * 4 + 8)
     found = dict(savings.savings(config_of("373m_moe", small), data_axis=1))
@@ -142,7 +142,7 @@ def test_the_norm_of_the_tables_gradients_is_counted_and_can_be_saved():
     joint = config_of("373m_memory_plus_1m", f"{small} --optim.clip_tables joint")
     found = memory_plan.plan(joint, data_axis=1)
     assert found.moment == "the update"
-    assert found.temporary["norm of the tables' gradients"] == 2**20 * 4  # one number a row
+    assert found.temporary["norm of the tables' gradients"] == 2**20 * 4  # one number per row
     null = memory_plan.plan(config_of("373m_memory_plus_1m", small), data_axis=1).total
     assert 2**20 * 4 <= found.total - null <= 2**20 * 5
     assert ("optim.clip_tables", None) in savings._changes(joint, 1)
@@ -151,7 +151,7 @@ def test_the_norm_of_the_tables_gradients_is_counted_and_can_be_saved():
 def test_bytes_of_a_compiled_function_are_its_arrays():
     double = jax.jit(lambda x, y: (2 * x, y.sum()), donate_argnums=0)
     compiled = double.lower(jnp.zeros((64, 16)), jnp.zeros(1024)).compile()
-    # The donated argument is the first output, so only the sum is new; temporaries are few bytes.
+    # The first output reuses the donated argument, so only the sum is new; temporaries are a few bytes.
     expected = 4 * (64 * 16 + 1024 + 1)
     assert expected <= memory_plan.compiled_bytes(compiled) < expected + 256
 

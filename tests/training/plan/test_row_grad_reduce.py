@@ -1,4 +1,4 @@
-"""What a dry run tells of the way row gradients will go."""
+"""What a dry run reports about the reduction of row gradients."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ def test_the_largest_preset_on_64_devices_is_reduced():
     planned = plan_reduce(config_of(), data_axis=8)
     assert planned is not None
     assert planned.chosen == "all_reduce"
-    # Three layers of 2048 x 4096 tokens with 128 picks of 8 bytes and 512 columns of 2: 7 of 8 parts from others.
+    # Three layers of 2048 x 4096 tokens, each with 128 picks of 8 bytes and 512 columns of 2; 7 of 8 parts are remote.
     assert planned.bytes["all_gather"].received == 3 * 2048 * 4096 * (128 * 8 + 512 * 2) * 7 // 8
     assert planned.bytes["all_reduce"].received == 2 * 4096**2 * (512 + 1) * 4 * 7 // 8
     assert describe(config_of(), data_axis=8).splitlines() == [

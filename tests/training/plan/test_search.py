@@ -1,4 +1,4 @@
-"""Settings that fit: found from what a device has, and right for a run."""
+"""The search for settings that fit the memory of a device."""
 
 import pytest
 
