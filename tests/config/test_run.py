@@ -133,7 +133,7 @@ def test_presets_have_the_rates_that_the_experiment_found_best():
 
 def test_more_picks_than_can_be_sorted_at_once_are_refused_where_factors_are_demanded():
     preset = CONFIGS / "8b_memory_plus_16m.yaml"
-    # Three layers, each 128 picks of 2048 x 4096 tokens.
+    # Three layers of 128 picks for each of 2048 x 4096 tokens.
     with pytest.raises(ConfigError, match=r"mesh\.row_grad_reduce=all_gather cannot sort the 3,221,225,472 reads"):
         load(RunConfig, preset, ["--mesh.row_grad_reduce", "all_gather"])
     load(RunConfig, preset, ["--mesh.row_grad_reduce", "all_gather", "--data.batch_size", "1024"])
