@@ -143,7 +143,7 @@ class Options:
     prompt: str
     """The text to continue."""
     mode: Literal["greedy", "sample"] = "greedy"
-    """How to pick."""
+    """How to choose tokens."""
 
 
 def test_parse_gives_config_positional_and_flags():

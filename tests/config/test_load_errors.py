@@ -366,7 +366,7 @@ class Options:
     prompt: str
     """The text to continue."""
     mode: Literal["greedy", "sample"] = "greedy"
-    """How to pick."""
+    """How to choose tokens."""
 
 
 def test_parse_prints_one_screen_and_exits_2(capsys):

@@ -1,4 +1,4 @@
-"""Prompts that begin like others have the rest read, and get the texts that they get alone."""
+"""Prompts that share a prefix with others read only the rest, and get the same text as alone."""
 
 import dataclasses
 from typing import Any
@@ -31,7 +31,7 @@ def tiny(**settings: Any) -> Decoder:
 
 
 def shared(one: list[int], other: list[int]) -> int:
-    """How many tokens two prompts begin with alike, the last of the first one not counted."""
+    """The length of the common prefix of two prompts, at most all but the last token of the first."""
     count = 0
     while count < min(len(one) - 1, len(other)) and one[count] == other[count]:
         count += 1
@@ -87,7 +87,7 @@ def test_texts_are_those_of_prompts_that_were_read_whole():
 
 
 def reused(engine: Engine, *prompts: list[int]) -> list[int]:
-    """How many tokens of prompts that come together are reused, in their order."""
+    """The number of reused tokens of each of several prompts that arrive together."""
     slots = engine.insert([Request(prompt_ids=ids, max_tokens=2) for ids in prompts])
     found = dict.fromkeys(slots, 0)
     while engine.is_busy:
