@@ -16,9 +16,13 @@ import tensorstore as ts
 
 _NODES_BYTES = 100 << 20
 """Most bytes of the database's nodes that are kept, so that looking arrays up reads none twice."""
-_LEAST_AHEAD, _MOST_AHEAD, _AHEAD_SHARE = 32 << 20, 1 << 30, 32
+_LEAST_AHEAD, _MOST_AHEAD, _AHEAD_SHARE = 16 << 20, 1 << 30, 32
 """Bytes of an item that are read at once: one part in so many, within these bounds. Resuming should need no more memory
 than beginning."""
+
+
+_Reading = collections.deque[tuple[list[int], "ts.Future[np.ndarray]", int]]
+"""Where parts begin, what is read of them, and their bytes."""
 
 
 class Part(NamedTuple):
@@ -39,9 +43,9 @@ def read_arrays(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
     Raises:
         ValueError: an array is missing, cannot be read, or has another shape or type.
     """
-    for target, part in zip(wanted.values(), read_parts(folder, wanted), strict=True):
-        at = lambda index, shape=target.shape, part=part: part.at(index, shape)
-        yield jax.make_array_from_callback(target.shape, target.sharding, at, dtype=target.dtype)
+    parts = read_parts(folder, wanted)
+    for target in wanted.values():
+        yield _on_devices(target, next(parts))
 
 
 def read_parts(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[Part]:
@@ -53,7 +57,7 @@ def read_parts(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct])
     opening = [ts.open(_place(folder, name), read=True, open=True, context=context) for name in wanted]
     total = sum(_num_bytes(target.shape, target) for target in wanted.values())
     most = min(max(_LEAST_AHEAD, total // _AHEAD_SHARE), _MOST_AHEAD)
-    reading: collections.deque[tuple[list[int], ts.Future[np.ndarray], int]] = collections.deque()
+    reading: _Reading = collections.deque()
     for (name, target), opened in zip(wanted.items(), opening, strict=True):
         array = opened.result()
         # Each piece is unpacked whole, so that of a hostile file one could take all memory.
@@ -64,13 +68,22 @@ def read_parts(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct])
         bounds = _bounds_here(target)
         size = _num_bytes([last - first for first, last in bounds], target)
         while reading and size + sum(each for _, _, each in reading) > most:
-            starts, read, _ = reading.popleft()
-            yield Part(starts, read.result())
+            yield _first(reading)
         part = array[tuple(slice(*each) for each in bounds)]
         reading.append(([first for first, _ in bounds], part.read(), size))
     while reading:
-        starts, read, _ = reading.popleft()
-        yield Part(starts, read.result())
+        yield _first(reading)
+
+
+# Functions of their own, after which nothing holds a part while the next is waited for.
+def _on_devices(target: jax.ShapeDtypeStruct, part: Part) -> jax.Array:
+    at = lambda index: part.at(index, target.shape)
+    return jax.make_array_from_callback(target.shape, target.sharding, at, dtype=target.dtype)
+
+
+def _first(reading: _Reading) -> Part:
+    starts, read, _ = reading.popleft()
+    return Part(starts, read.result())
 
 
 def _place(folder: pathlib.Path, name: str) -> dict[str, Any]:
