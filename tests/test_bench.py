@@ -167,7 +167,7 @@ def test_energy_is_counted_or_power_over_time(bench, monkeypatch):
     assert (meter.source, meter.joules(), meter.joules()) == ("power", 500.0, 1250.0)
 
 
-def test_no_energy_is_reported_without_the_drivers_library(bench, monkeypatch):
+def test_without_the_drivers_library_no_energy_is_reported(bench, monkeypatch):
     monkeypatch.setattr(bench("energy"), "LIBRARIES", ("libnvidia-ml-that-is-not-there.so",))
     assert bench("energy").EnergyMeter.find() is None
 

@@ -91,7 +91,7 @@ def test_the_settings_of_to_hf_arrive(monkeypatch, capsys):
         (["from-hf", str(MODELS / "llama2"), "--out", str(MODELS)], 2, "already exists and is not empty"),
     ],
 )
-def test_what_cannot_be_done_is_told_with_its_exit_code(arguments, code, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_done_is_reported_with_its_exit_code(arguments, code, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     try:
         found = convert.main(arguments)
@@ -102,7 +102,7 @@ def test_what_cannot_be_done_is_told_with_its_exit_code(arguments, code, message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_tells_of_every_conversion_and_each_has_its_own(capsys):
+def test_help_lists_every_conversion_and_each_has_its_own(capsys):
     assert convert.main(["--help"]) == 0
     whole = capsys.readouterr().out
     assert whole.startswith("usage: python -m memjax.convert from-hf|to-hf")

@@ -177,7 +177,7 @@ def test_a_file_of_prompts_gives_an_object_for_each(biographies, tmp_path, capsy
     assert capsys.readouterr().out == printed[0]["text"].partition(stop)[0] + "\n"
 
 
-def test_a_disk_that_takes_no_text_is_told(biographies, tmp_path, capsys):
+def test_a_full_disk_is_reported(biographies, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("What is")
     command = [biographies, "--prompts", str(tmp_path / "prompts.txt"), "--max_tokens", "2", "--output", "/dev/full"]
     assert generate.main(command) == 4
@@ -305,7 +305,7 @@ def test_what_the_system_refuses_is_a_line_with_the_path(tmp_path, capsys):
     assert capsys.readouterr().err == f"{tmp_path}/a -> {tmp_path}/b: No such file or directory\n"
 
 
-def test_a_reader_that_goes_ends_a_command_quietly():
+def test_a_closed_pipe_ends_a_command_quietly():
     code = """
 import sys
 from memjax.io.command import exit_code

@@ -77,7 +77,7 @@ def is_allowed(importer: str, other: str) -> bool:
 
 
 @pytest.mark.parametrize("package", sorted({package_of(name) for name in MODULES}))
-def test_a_package_imports_only_from_below(package):
+def test_a_package_imports_only_from_lower_layers(package):
     upward = [
         f"{importer} imports {other}"
         for importer in MODULES
@@ -88,7 +88,7 @@ def test_a_package_imports_only_from_below(package):
     assert upward == []
 
 
-def test_no_modules_import_in_a_circle():
+def test_there_are_no_import_cycles():
     # Imports in functions do not count: tokenizers import modules of other kinds only on demand, for their libraries.
     graph = {name: imported(name, at_start=True) & MODULES.keys() for name in MODULES}
     # Repeatedly remove modules that import none of the rest; any that remain are in a cycle or depend on one.
@@ -99,12 +99,12 @@ def test_no_modules_import_in_a_circle():
     assert graph == {}
 
 
-def test_every_package_has_a_floor():
+def test_every_package_has_a_layer():
     packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert packages <= frozenset().union(*FLOORS)
 
 
-def test_the_top_level_holds_commands_alone():
+def test_the_top_level_holds_only_commands():
     commands = [path for path in PACKAGE.glob("*.py") if path.stem not in NO_COMMANDS]
     assert commands
     for path in commands:

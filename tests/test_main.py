@@ -38,7 +38,7 @@ def test_an_unknown_command_ends_with_2(capsys):
 
 
 @pytest.mark.parametrize(("word", "command"), [("to-hf", "convert to-hf"), ("revert", "patch revert")])
-def test_commands_of_commands_are_found(word, command, capsys):
+def test_subcommands_are_found(word, command, capsys):
     assert main([word]) == 2
     assert f"there is no command {word!r}; did you mean {command!r}?" in capsys.readouterr().err
 
@@ -54,7 +54,7 @@ def test_commands_of_commands_are_found(word, command, capsys):
         ("sweep --grid optim.lr=1e-3 --run.dir FILE/below", "is a file, where a folder is needed"),
     ],
 )
-def test_a_file_in_place_of_a_folder_is_called_one(words, problem, tmp_path, monkeypatch, capsys):
+def test_a_file_in_place_of_a_folder_is_named_as_such(words, problem, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.md").write_text("# Notes")
     assert main([word.replace("FILE", "notes.md") for word in words.split()]) == 4
@@ -64,7 +64,7 @@ def test_a_file_in_place_of_a_folder_is_called_one(words, problem, tmp_path, mon
 @pytest.mark.parametrize(
     ("words", "option"), [("learn RUN FACTS", "--out"), ("convert upcycle RUN --out new", "--memory.layers")]
 )
-def test_what_is_missing_on_a_command_line_is_named_as_its_option(words, option, capsys):
+def test_a_missing_argument_is_named_as_its_option(words, option, capsys):
     with pytest.raises(SystemExit):
         main(words.split())
     assert f" is missing: set {option}\n" in capsys.readouterr().err
@@ -92,7 +92,7 @@ COMP_WORDS=(memjax patch merge --conf); COMP_CWORD=3; _memjax; echo ${COMPREPLY[
     assert found.stdout.split() == ["generate", "--smoothing", "merge", "--conflicts"]
 
 
-def test_a_platform_that_this_machine_lacks_is_one_line(monkeypatch, capsys):
+def test_a_missing_platform_is_reported_in_one_line(monkeypatch, capsys):
     def devices():
         raise AssertionError  # as JAX does if it has a plugin but no device
 

@@ -75,7 +75,7 @@ def test_only_curves_in_a_page_are_interactive(runs, arguments, capsys):
     assert "interactive=true is for the curves of runs in an .html file" in capsys.readouterr().err
 
 
-def test_without_plotly_a_line_tells_how_to_get_it(runs, tmp_path, capsys, monkeypatch):
+def test_without_plotly_a_line_says_how_to_install_it(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.subplots", None)
     assert plot.main([*runs, "--out", str(tmp_path / "all.html"), "--interactive"]) == 2
     assert "needs the package plotly: pip install plotly" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def configured(runs) -> list[str]:
     return runs
 
 
-def test_the_table_tells_settings_that_differ_and_what_runs_found_out(configured, tmp_path, capsys):
+def test_the_table_shows_differing_settings_and_results(configured, tmp_path, capsys):
     assert plot.main([*configured, "--out", str(tmp_path / "all.png")]) == 0
     assert [line.split()[:4] for line in capsys.readouterr().out.splitlines()[:3]] == [
         ["run", "num_keys", "parameters", "facts"],

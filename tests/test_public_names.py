@@ -24,7 +24,7 @@ def test_unknown_names_are_refused():
         _ = memjax.Memory
 
 
-def test_the_version_is_that_of_the_package():
+def test_the_version_is_the_packages():
     assert memjax.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 

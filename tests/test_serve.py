@@ -52,7 +52,7 @@ def run(tmp_path_factory) -> str:
         (["--prot", "80"], "did you mean 'port'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, problem, capsys):
+def test_impossible_settings_are_refused(settings, problem, capsys):
     with pytest.raises(SystemExit) as ended:
         serve.main(["runs/none", *settings])
     assert ended.value.code == 2
@@ -72,7 +72,7 @@ def test_an_address_that_is_taken_or_not_of_this_machine_is_refused_before_the_m
     assert "host=a b is not an address" in capsys.readouterr().err
 
 
-def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
+def test_a_missing_run_is_refused(tmp_path, capsys):
     assert serve.main([str(tmp_path / "none"), "--port", "0"]) == 4
     assert "there is no such folder" in capsys.readouterr().err
 
@@ -84,7 +84,7 @@ def test_a_key_that_nobody_can_send_is_refused(key, monkeypatch, capsys):
     assert "MEMJAX_API_KEY must hold a key without spaces around it" in capsys.readouterr().err
 
 
-def test_whoever_lacks_the_packages_learns_what_to_install(monkeypatch, capsys):
+def test_missing_packages_are_named_with_the_way_to_install_them(monkeypatch, capsys):
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
     assert serve.main(["runs/none"]) == 2
     said = "needs starlette and uvicorn, which cannot be imported; pip install 'starlette>=1,<2' 'uvicorn>=0.50,<1'"

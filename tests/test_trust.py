@@ -73,7 +73,7 @@ def test_what_needs_no_run_is_tried_in_seconds(tmp_path):
     assert again.stdout == (tmp_path / "trust.md").read_text()
 
 
-def test_what_holds_a_promise_is_there():
+def test_everything_that_backs_a_guarantee_exists():
     assert [f"R{number}" for number in range(1, 31)] == list(promises.PROMISES)
     for _, where in promises.PROMISES.values():
         for word in where.split():

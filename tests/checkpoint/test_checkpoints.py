@@ -426,7 +426,7 @@ def whole(step):
 WHOLE = small_target() | {"tables": {"shared": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}
 
 
-def test_partial_steps_are_passed_over_and_never_cost_the_last_complete_one(tmp_path, capsys):
+def test_partial_steps_are_skipped_and_never_replace_the_last_complete_one(tmp_path, capsys):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, light(1), {}, loss=0.1, partial=True)
         checkpoints.wait()
@@ -451,7 +451,7 @@ def test_partial_steps_are_passed_over_and_never_cost_the_last_complete_one(tmp_
     assert not capsys.readouterr().err
 
 
-def test_who_goes_on_from_a_complete_step_saves_the_partial_ones_after_it_anew(tmp_path):
+def test_resuming_from_a_complete_step_saves_later_partial_ones_again(tmp_path):
     with Checkpoints(tmp_path, keep=9) as checkpoints:
         checkpoints.save(1, whole(1), {})
         for step in (2, 3, 4):
@@ -495,7 +495,7 @@ def test_an_index_without_a_number_is_still_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["0099", "99999999", "٣٣", "+9", "9.orbax-checkpoint-tmp"])
-def test_folders_that_are_no_steps_and_empty_steps_are_passed_over(tmp_path, name):
+def test_other_folders_and_empty_steps_are_skipped(tmp_path, name):
     saved(tmp_path, 1)
     (tmp_path / name).mkdir()
     checkpoints = Checkpoints(tmp_path)
@@ -505,7 +505,7 @@ def test_folders_that_are_no_steps_and_empty_steps_are_passed_over(tmp_path, nam
     assert checkpoints.restore(small_target()).step == 1
 
 
-def test_a_step_that_cannot_be_read_costs_no_other_its_place(tmp_path):
+def test_an_unreadable_step_does_not_displace_another(tmp_path):
     saved(tmp_path, 1)
     (tmp_path / "2").mkdir()
     with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -597,7 +597,7 @@ except CheckpointError as error:
 """
 
 
-def test_a_program_whose_save_has_failed_ends_at_once_and_says_why(tmp_path):
+def test_a_failed_save_ends_the_program_at_once_with_the_reason(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", FAILING, str(tmp_path / "run")], capture_output=True, text=True, timeout=60, check=False
     )

@@ -106,7 +106,7 @@ def test_a_config_with_addresses_is_read_where_their_packages_are_missing(monkey
     assert "data.path=s3://b/x needs the package fsspec to read s3:" in str(caught.value)
 
 
-def test_a_web_server_is_no_mirror():
+def test_a_web_server_cannot_be_a_mirror():
     with pytest.raises(errors.ConfigError, match=r"run\.mirror=http://host/run cannot be written to; name a folder"):
         load(RunConfig, None, ["--run.mirror", "http://host/run"])
 

@@ -47,7 +47,7 @@ def usage(capsys, **positional) -> str:
     return capsys.readouterr().out.splitlines()[0]
 
 
-def test_the_first_line_tells_what_stands_without_a_name(capsys):
+def test_the_first_line_shows_positional_arguments(capsys):
     assert usage(capsys) == "usage: go [CONFIG.yaml] [--setting value ...]"
     assert usage(capsys, positional=None) == "usage: go [--setting value ...]"
     assert usage(capsys, positional=RUN_FOLDER) == "usage: go RUN [--setting value ...]"
@@ -75,7 +75,7 @@ def test_help_of_a_section_or_setting_is_that_alone(capsys):
     assert "data.mixture[].weight NUMBER" in help_of(capsys, "data.mixture")
 
 
-def test_help_of_what_there_is_not_is_refused_with_a_hint(capsys):
+def test_help_for_an_unknown_name_is_refused_with_a_hint(capsys):
     for topic, hint in (("optin", "did you mean 'optim'?"), ("x.y", "sections: run, model, data, optim, mesh, ")):
         with pytest.raises(SystemExit) as exit_:
             parse(RunConfig, ["--help", topic], prog="go", description="Goes.")

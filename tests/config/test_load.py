@@ -38,7 +38,7 @@ def test_numbers_are_those_of_yaml_1_2(here):
 
 
 @pytest.mark.parametrize("word", ["yes", "2026-11-28", "12:30", "<<", "=", "-_", "01.02.03"])
-def test_words_that_are_no_numbers_are_text(here, word):
+def test_words_that_are_not_numbers_are_text(here, word):
     assert loaded(f"run: {{dir: {word}}}\n").run.dir == word
 
 

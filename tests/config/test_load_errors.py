@@ -350,7 +350,7 @@ def test_a_file_that_cannot_be_read_is_one_line(here, capsys, name):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_every_problem_is_told_at_once_with_its_place(here, name):
+def test_all_problems_are_reported_at_once_with_their_places(here, name):
     text, overrides, problems = WRONG[name]
     Path("config.yaml").write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -393,13 +393,13 @@ def test_parse_prints_one_screen_and_exits_2(capsys):
         (train, ["quickstart", "--run.dir", "--dry-run"]),
     ],
 )
-def test_an_option_where_a_value_is_missing_is_taken_for_none(capsys, command, words):
+def test_an_option_is_not_taken_for_a_missing_value(capsys, command, words):
     with pytest.raises(SystemExit):
         command.main(words)
     assert f"{words[1]} needs a value\n" in capsys.readouterr().err
 
 
-def test_an_argument_that_is_no_path_is_not_called_missing(capsys):
+def test_an_argument_that_is_not_a_path_is_not_called_missing(capsys):
     with pytest.raises(SystemExit):
         parse(Options, ["s3://bucket/run", "--prompt", "a"], prog="go", description="Goes.", positional=RUN_FOLDER)
     problem = "  command line: RUN=s3://bucket/run must be a path on this machine; "
@@ -449,7 +449,7 @@ TYPOS = {
 
 
 @pytest.mark.parametrize("typo", TYPOS)
-def test_the_hint_is_the_setting_that_is_meant(capsys, typo):
+def test_the_hint_is_the_intended_setting(capsys, typo):
     value = "{}" if typo == "memory" else "3"
     hint = f"; did you mean '{TYPOS[typo]}'?" if TYPOS[typo] else ""
     assert refused(capsys, f"--{typo}", value)[1] == f"  command line: {typo}: unknown setting{hint}"
@@ -529,7 +529,7 @@ def test_a_name_that_no_file_can_have_is_refused_in_a_line(capsys):
     assert "File name too long" in printed
 
 
-def test_characters_that_the_locale_lacks_are_refused_with_the_way_out():
+def test_characters_outside_the_locale_are_refused_with_the_way_out():
     env = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     words = [sys.executable, "-m", "memjax.train", "--run.dir", "/tmp/ü"]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=60)

@@ -32,7 +32,7 @@ def test_a_file_of_the_same_name_wins(tmp_path, monkeypatch):
     assert parsed("wiki_text.yaml").model.dim == 32
 
 
-def test_a_folder_that_is_no_run_does_not_hide_a_preset(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_a_run_does_not_hide_a_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wiki_text").mkdir()
     assert parsed("wiki_text").run.dir == "runs/wiki_text"
@@ -94,7 +94,7 @@ def test_the_wheel_holds_the_presets_the_marker_of_types_and_the_console_script(
 
 
 @pytest.mark.slow
-def test_the_table_of_what_fits_where_is_the_command_s(capsys):
+def test_the_table_of_what_fits_where_is_that_of_the_command(capsys):
     page = (ROOT / "docs" / "device_memory.md").read_text()
     assert main(["--only", "134m_memory_plus_1m", "--fit", "1x80"]) == 0
     printed = [line.split("|") for line in capsys.readouterr().out.splitlines()]
@@ -119,7 +119,7 @@ def test_the_memory_of_a_device_need_not_be_a_whole_number_of_gb(capsys):
         (["--only", "paper"], "only=paper must be names of presets"),
     ],
 )
-def test_devices_and_presets_that_are_none_are_refused(words, problem, capsys):
+def test_invalid_devices_and_presets_are_refused(words, problem, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2

@@ -58,7 +58,7 @@ def test_old_names_in_a_file_are_refused_with_their_lines_and_old_values_too(tmp
 
 
 @pytest.mark.usefixtures("as_users_call")
-def test_old_values_from_python_are_refused_with_todays_too():
+def test_old_values_from_python_are_refused_with_the_new_ones_too():
     with pytest.raises(ValueError, match=r"qk_norm=True is unknown; known: .*; it is now 'per_head'"):
         ModelConfig(qk_norm=True)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"placement='beside' is unknown; known: .*; it is now 'parallel'"):
@@ -84,7 +84,7 @@ def test_the_settings_of_an_older_run_are_read(tmp_path):
     assert (config.processes.heartbeat_timeout, config.train.grad_accum_steps) == (60, 4)
 
 
-def test_settings_of_today_stay_as_they_are():
+def test_current_settings_are_unchanged():
     config = dataclasses.asdict(RunConfig())
     assert upgraded(config) == config
     wrong = {"mesh": {"row_grad_reduce": ["factored"]}}  # reported later, by the check of the settings

@@ -140,7 +140,7 @@ def test_more_picks_than_can_be_sorted_at_once_are_refused_where_factors_are_dem
     load(RunConfig, preset)
 
 
-def test_repeatable_bits_and_the_attention_that_has_none_are_refused_together():
+def test_deterministic_runs_refuse_nondeterministic_attention():
     preset = CONFIGS / "quickstart.yaml"
     assert load(RunConfig, preset, ["--train.attention", "cudnn"]).train.attention == "cudnn"
     with pytest.raises(ConfigError, match=r"train\.attention=cudnn.*run\.deterministic=True.*omit one of them"):
@@ -192,7 +192,7 @@ def test_a_block_that_two_lists_name_is_refused():
         ModelConfig(memory=MemoryConfig(layers=(0, 1, 2)), experts=ExpertsConfig())
 
 
-def test_experts_that_cannot_be_are_refused():
+def test_impossible_experts_are_refused():
     for fields, problem in [
         ({"top_k": 9}, r"top_k=9 must be in 1\.\.num_experts=8"),
         ({"top_k": 1, "renormalize": True}, "renormalize=True needs .* top_k above 1, not token_choice and 1:"),
@@ -209,7 +209,7 @@ def test_experts_that_cannot_be_are_refused():
     assert (ExpertsConfig().chosen, ExpertsConfig(routing="expert_choice", top_k=99).chosen) == (2, 1)
 
 
-def test_stretched_frequencies_and_windows_that_cannot_be_are_refused():
+def test_impossible_rope_scalings_and_windows_are_refused():
     with pytest.raises(ValueError, match=r"high_freq_factor=1\.0 must be above low_freq_factor=1\.0"):
         RopeScalingConfig(high_freq_factor=1.0)
     with pytest.raises(ValueError, match=r"factor=0\.0 must be positive\noriginal_length=-1 must be positive"):
@@ -218,7 +218,7 @@ def test_stretched_frequencies_and_windows_that_cannot_be_are_refused():
         ModelConfig(sliding_window=0)
 
 
-def test_heads_that_cannot_be_are_refused():
+def test_impossible_heads_are_refused():
     with pytest.raises(
         ValueError, match="num_heads=3 must divide dim=64 into heads of an even width, or head_dim be set"
     ):
@@ -311,7 +311,7 @@ def build(section: type, fields: dict) -> Any:
     return section(**kept)
 
 
-def test_a_mixture_goes_through_yaml(tmp_path):
+def test_a_mixture_survives_yaml(tmp_path):
     parts = (MixtureConfig(name="a", path="x: y"), MixtureConfig(name="b", path="null", weight=0.25, source="text"))
     config = RunConfig(data=DataConfig(source="mixture", mixture=parts))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -333,7 +333,7 @@ def test_a_mixture_goes_through_yaml(tmp_path):
         ),
     ],
 )
-def test_a_mixture_that_says_too_little_or_too_much_is_refused(fields, message):
+def test_a_mixture_with_too_few_or_too_many_settings_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**fields)
 

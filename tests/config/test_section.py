@@ -44,7 +44,7 @@ def test_numbers_of_numpy_are_kept_as_numbers_of_python(as_users_call):
         Toy(size=np.float64(1))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_section_is_of_its_class(as_users_call):
+def test_a_section_must_have_its_class(as_users_call):
     fields: Any = {"memory": {"num_keys": 8}}
     with pytest.raises(ValueError, match=r"^memory=\{'num_keys': 8\} must be of class MemoryConfig$"):
         ModelConfig(**fields)

@@ -134,7 +134,7 @@ def test_a_place_in_another_mixture_is_refused(mixture):
     other.close()
 
 
-def test_malformed_records_of_all_parts_are_counted_and_told(mixture, tmp_path):
+def test_malformed_records_of_all_parts_are_counted_and_reported(mixture, tmp_path):
     assert open_dataset(mixture, BYTES).malformed_counts() == {}
     (tmp_path / "t" / "2.txt").write_bytes(b"t40\xff\nt41\n")
     config = dataclasses.replace(mixture, malformed="skip", prepared=str(tmp_path / "other"))
@@ -295,7 +295,7 @@ def test_training_records_that_were_all_left_out_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(("packing", "told"), [("none", "steps read 2 epochs"), ("concat", "read about 3.2 epochs")])
-def test_records_tokens_and_epochs_are_told(tmp_path, packing, told):
+def test_records_tokens_and_epochs_are_reported(tmp_path, packing, told):
     (tmp_path / "a.txt").write_text("123456789\n" * 42)
     config = DataConfig(
         source="text",

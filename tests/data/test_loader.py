@@ -137,7 +137,7 @@ def test_two_workers_see_every_record_and_resume_exactly(text_config, packing):
     }
 
 
-def test_there_is_nothing_after_closing():
+def test_no_batches_come_after_closing():
     data = TrainingData(open_dataset(BIOGRAPHIES, BYTES), seed=0)
     next(data)
     data.close()

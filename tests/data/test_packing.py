@@ -127,7 +127,7 @@ def test_without_a_document_mask_a_row_is_one_text(kind, records):
         assert bare["positions"].tolist() == expected
 
 
-def test_first_fit_wastes_little():
+def test_first_fit_leaves_little_padding():
     rng = np.random.default_rng(0)
     records = [(Segment("a" * int(n), True),) for n in rng.integers(0, LENGTH, size=2000)]
     filled = np.mean([(batch["segments"] > 0).mean() for batch in pack(records, "first_fit")])

@@ -93,7 +93,7 @@ def test_closing_before_the_first_batch_starts_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "told"), [(signal.SIGKILL, r"-9; .*data\.num_workers lower"), (signal.SIGSEGV, r"-11; a crash of")]
 )
-def test_a_killed_worker_is_an_error_that_says_so(tmp_path, number, told):
+def test_a_killed_worker_is_reported_as_such(tmp_path, number, told):
     data = TrainingData(open_dataset(config(tmp_path, large=True), ByteTokenizer()), seed=0)
     next(data)
     process, _ = data._open[0]._running[1]
@@ -103,7 +103,7 @@ def test_a_killed_worker_is_an_error_that_says_so(tmp_path, number, told):
     assert list(data) == []
 
 
-def test_a_script_without_a_guard_is_told_of_it(tmp_path):
+def test_a_script_without_a_main_guard_gets_a_hint(tmp_path):
     config(tmp_path, large=False)
     script = tmp_path / "script.py"
     script.write_text(PROGRAM.replace('if __name__ == "__main__":', "if True:"))

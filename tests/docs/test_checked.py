@@ -35,6 +35,6 @@ def test_the_page_has_the_table_of_the_results_and_all_of_them_pass(script):
     }  # fmt: skip
 
 
-def test_a_figure_that_is_no_number_does_not_pass(script):
+def test_a_figure_that_is_not_a_number_does_not_pass(script):
     check = script.Check("layers", "x", "y", "z", float("nan"), 1.0)
     assert not check.passes

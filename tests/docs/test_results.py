@@ -89,7 +89,7 @@ def test_the_page_on_results_names_figures_of_the_results():
     assert upcycled["half_text_faster"]["bits_per_byte"] < upcycled["base"]["bits_per_byte"]
 
 
-def test_what_is_said_of_forgetting_are_figures_of_the_results():
+def test_statements_about_forgetting_match_the_results():
     rows = json.loads((ROOT / "experiments/005_continual_learning/results/full.json").read_text())["runs"]
     tried = [row for row in rows if row["how"] == "together" and row["seed"] == 0 and not row.get("larger")]
     least = {
@@ -115,7 +115,7 @@ def test_what_is_said_of_forgetting_are_figures_of_the_results():
     assert f"with {100 * less['paraphrases']:.0f} % learned, it still lost {100 * less['old_lost']:.0f} %" in page
 
 
-def test_what_is_said_of_knowing_are_figures_of_the_results():
+def test_statements_about_knowing_match_the_results():
     folder = ROOT / "experiments/006_knowing_and_guessing"
     auroc = defaultdict(list)
     for row in json.loads((folder / "results/full.json").read_text())["runs"]:

@@ -163,7 +163,7 @@ def anchors(text: str) -> set[str]:
     return slugs | set(re.findall(r"^\((\S+)\)=$", text, re.MULTILINE))
 
 
-def test_every_page_is_in_the_contents_and_says_what_it_is_good_for():
+def test_every_page_is_in_the_contents_and_says_its_purpose():
     contents = "\n".join(re.findall(r"```{toctree}\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL))
     assert sorted(re.findall(r"^\w+$", contents, re.MULTILINE)) == sorted({path.stem for path in PAGES} - {"index"})
     for path in PAGES:

@@ -157,7 +157,7 @@ def test_the_zeroed_tables_the_shots_and_the_limit(harness, found, tmp_path, mon
         (("contrastive",), DataError, "generation_kwargs: penalty_alpha unknown; known are until, max_gen_toks"),
     ],
 )
-def test_what_cannot_be_done_is_said(harness, found, tmp_path, tasks, error, message):
+def test_what_cannot_be_done_is_reported(harness, found, tmp_path, tasks, error, message):
     rule = {"doc_to_text": "{{q}}", "doc_to_target": "{{gold}}", "output_type": "generate_until"}
     rule |= {"metric_list": [metric("exact_match")]}
     write_task(tmp_path, "choose", CHOICES, **rule)
@@ -187,7 +187,7 @@ def test_training_refuses_what_cannot_be_done_before_its_first_step(harness, tmp
         Questions(RunConfig(eval=EvalConfig(tasks=(task,), task_folder=str(tmp_path))))
 
 
-def test_errors_of_a_tasks_own_code_are_said(harness, found, tmp_path):
+def test_errors_in_a_tasks_own_code_are_reported(harness, found, tmp_path):
     rows = [{"q": {"text": "a"}}, {"q": None}]  # lm-eval tries out the first document when it loads the task
     rule = {"doc_to_text": "{{q.text.strip()}}", "doc_to_target": "a", "output_type": "generate_until"}
     write_task(tmp_path, "broken", rows, **rule, metric_list=[metric("exact_match")])
@@ -195,7 +195,7 @@ def test_errors_of_a_tasks_own_code_are_said(harness, found, tmp_path):
         report(harness, found, tmp_path, "broken")
 
 
-def test_a_task_whose_code_fails_costs_no_other_task_its_answers(harness, found, tmp_path, monkeypatch, capsys):
+def test_a_failing_task_does_not_affect_the_others(harness, found, tmp_path, monkeypatch, capsys):
     rule = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
     rule |= {"output_type": "multiple_choice", "metric_list": [metric("acc")]}
     for name in ("first", "last"):
@@ -246,7 +246,7 @@ def test_whole_numbers_are_metrics_and_sizes_of_sets_are_not(harness):
     ]
 
 
-def test_a_folder_that_is_not_there_is_said(harness, found, tmp_path):
+def test_a_missing_folder_is_reported(harness, found, tmp_path):
     with pytest.raises(ConfigError, match=r"task_folder=.*none is not a folder; name one with YAML files"):
         report(harness, found, tmp_path / "none", "choose")
 

@@ -114,7 +114,7 @@ def test_a_part_of_the_people_stands_for_all(monkeypatch):
     assert "10 people, measured on 3" in format_knowledge_report(report)
 
 
-def test_worse_than_equally_likely_is_below_zero_and_said_so(monkeypatch):
+def test_worse_than_uniform_is_below_zero_and_reported(monkeypatch):
     without_a_model(monkeypatch, 20.0)
     data = DataConfig(biographies=BiographiesConfig(num_people=1))
     report = knowledge_report(tiny(), ByteTokenizer(), data)

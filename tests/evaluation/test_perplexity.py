@@ -128,7 +128,7 @@ def batches(packing: Literal["none", "first_fit"] = "none") -> list[Batch]:
 
 
 @pytest.mark.parametrize("text", [b"bytes", None, 3, ["nested"]])
-def test_what_is_no_text_is_refused(as_users_call, text):
+def test_anything_but_text_is_refused(as_users_call, text):
     with pytest.raises(TypeError, match=f"a document must be a string, found {type(text).__name__}"):
         bits_per_byte(tiny(), TOKENIZER, ["a text", text], sequence_length=LENGTH)
 
@@ -171,7 +171,7 @@ def test_validation_compiles_once_and_runs_on_a_mesh(mesh):
         np.testing.assert_allclose(validation_loss(parts.merge(params, tables), batches()), alone, rtol=1e-5)
 
 
-def test_no_batches_have_no_loss():
+def test_zero_batches_have_no_loss():
     assert math.isnan(validation_loss(tiny(), []))
 
 

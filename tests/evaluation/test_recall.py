@@ -127,7 +127,7 @@ def test_zeroed_tables_change_what_the_model_says_and_nothing_else():
     assert all(table.is_deleted() for table in writable(split_decoder(model)[2]).values())
 
 
-def test_the_report_tells_asked_and_held_out_apart():
+def test_the_report_separates_asked_and_held_out():
     data = DataConfig(biographies=BiographiesConfig(num_people=10, held_out_fraction=0.3))
     report = fact_report(tiny(), ByteTokenizer(), data, limit_people=5, batch_size=16)
     assert json.loads(json.dumps(report)) == report

@@ -127,7 +127,7 @@ def test_processes_are_spread_over_gpus(started, monkeypatch, tmp_path, visible,
 
 
 @pytest.mark.parametrize("gpus", [0, 3])
-def test_gpus_without_a_training_are_refused(tmp_path, gpus):
+def test_gpus_without_runs_are_refused(tmp_path, gpus):
     with pytest.raises(SystemExit, match=rf"--gpus {gpus}: must be between 1 and --jobs 2"):
         runs.Pool(tmp_path / "out.json", {}, jobs=2, gpus=gpus, deadline=None)
 

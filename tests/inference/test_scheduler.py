@@ -99,7 +99,7 @@ def test_prompts_that_come_while_others_are_read_join_before_the_next_tokens_if_
     assert calls.count("read 1 in 1") == 2
 
 
-def test_a_prompt_that_nobody_follows_waits_for_a_moment_only():
+def test_a_single_prompt_waits_only_for_a_moment():
     engine = Scripted(num_slots=16, num_tokens=10**9)
     scheduler, updates, _ = scheduler_with(engine, 0)
     scheduler.submit([ticket() for _ in range(9)])
@@ -169,7 +169,7 @@ def test_tokens_are_written_up_to_the_last_end_that_is_near():
     assert most == [32, 31, 8, 32]
 
 
-def test_texts_that_end_are_handed_out_first():
+def test_finished_texts_are_delivered_first():
     tickets = [ticket(number) for number in range(4)]
     _, handed_out = calls_until_all_end(tickets, [])
     assert handed_out[0] == [tickets[1], tickets[3], tickets[0], tickets[2]]

@@ -102,7 +102,7 @@ def test_a_context_needs_a_token(drawn_model):
 @pytest.mark.parametrize(
     ("name", "request_"), [("context", ScoreRequest([300], [5])), ("continuation", ScoreRequest([1], [5, -2]))]
 )
-def test_an_id_outside_the_vocabulary_is_no_other_token(drawn_model, name, request_):
+def test_an_id_outside_the_vocabulary_is_refused(drawn_model, name, request_):
     with pytest.raises(ValueError, match=rf"the {name} of request 1 hold (300|-2); the model knows 0\.\.258"):
         score(drawn_model, [ScoreRequest([1], [5]), request_], max_length=8)
 

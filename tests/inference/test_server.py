@@ -374,7 +374,7 @@ def test_streamed_logprobs_are_those_of_the_answer_and_end_with_the_text(server)
         assert all(start < len(whole["text"]) for start in whole["logprobs"]["text_offset"])
 
 
-def test_who_hangs_up_frees_the_slot_and_the_place_in_the_queue():
+def test_hanging_up_frees_the_slot_and_the_place_in_the_queue():
     with running(slow=0.05) as server:
         asked = json.dumps({"prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True}).encode()
         connections = []
@@ -399,7 +399,7 @@ def test_who_hangs_up_frees_the_slot_and_the_place_in_the_queue():
 
 
 @pytest.mark.slow
-def test_thirty_clients_with_hang_ups_get_what_they_get_alone(server):
+def test_thirty_clients_get_the_same_as_alone_despite_hang_ups(server):
     rng = random.Random(0)
     asked = []
     for number in range(30):
@@ -603,13 +603,13 @@ def test_everything_that_is_wrong_is_listed_and_null_means_the_default(server):
         (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the body is not JSON (it is nested too deeply)"),
     ],
 )
-def test_a_body_that_is_no_object_is_refused(server, raw, words):
+def test_a_body_that_is_not_an_object_is_refused(server, raw, words):
     status, error = server.refused(raw)
     assert status == 400
     assert words in error["message"]
 
 
-def test_a_name_that_is_there_twice_is_found_without_comparing_all_with_all():
+def test_duplicate_names_are_found_in_linear_time():
     class Name(str):
         compared = 0
         __hash__ = str.__hash__
@@ -720,7 +720,7 @@ def test_tokens_that_were_read_for_another_prompt_are_counted():
         assert f"memjax_reused_prompt_tokens_total {2 * (size - 1 + size)}\n" in metrics
 
 
-def test_a_key_is_asked_for_everywhere_but_at_health():
+def test_a_key_is_required_everywhere_but_at_health():
     with running(api_key=KEY) as server:
         for headers in (JSON, {**JSON, "Authorization": "Bearer wrong"}, {**JSON, "Authorization": KEY}):
             for method, path in (
@@ -768,7 +768,7 @@ def test_slow_and_oversized_requests_are_cut_off():
         assert server.ask(prompt="x", max_tokens=1, ignore_eos=True)["usage"]["completion_tokens"] == 1
 
 
-def test_more_clients_than_may_connect_are_told_so_and_health_is_not():
+def test_clients_beyond_the_limit_get_an_error_except_at_health():
     with running(connections=3) as server:
         idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
         connection = server.connect()
@@ -806,7 +806,7 @@ def test_draining_ends_what_runs_and_takes_nothing_new():
             server.send("GET", "/health")
 
 
-def test_what_takes_too_long_to_drain_is_told_so():
+def test_requests_that_take_too_long_to_drain_get_an_error():
     with running(slow=0.2) as server:
         server.server._drain_seconds = 0.3
         connections = [server.connect() for _ in range(2)]

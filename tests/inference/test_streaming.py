@@ -29,7 +29,7 @@ class Clock(Engine):
     ("seconds", "most", "expected"),
     [(1e-4, 32, [1, 2, 4, 8, 16, 32, 32]), (1e-4, 16, [1, 2, 4, 8, 16, 16]), (2.6e-3, 32, [1, 2, 4, 8, 16, 16])],
 )
-def test_more_tokens_come_at_a_time_as_long_as_they_take_but_a_moment(seconds, most, expected, monkeypatch):
+def test_more_tokens_come_at_a_time_while_that_stays_fast(seconds, most, expected, monkeypatch):
     clock, pace = Clock(seconds), Pace()
     monkeypatch.setattr(streaming, "time", clock)
     for _ in expected:

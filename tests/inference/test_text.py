@@ -137,7 +137,7 @@ def test_a_prompt_with_its_begin_token_gets_no_second_one():
     assert spelled != "".join(write("<bos>x"))
 
 
-def test_prompts_are_texts(as_users_call):
+def test_prompts_must_be_texts(as_users_call):
     prompts: Any = ["a"]
     with pytest.raises(TypeError, match="a prompt must be a text, found list; continue_texts takes a list"):
         next(stream_text(tiny(), ByteTokenizer(), prompts, max_tokens=1))
@@ -164,13 +164,13 @@ def test_counts_may_be_numbers_of_numpy(as_users_call):
     assert list(write(**counts)) == list(write(**{name: int(count) for name, count in counts.items()}))
 
 
-def test_sampling_is_of_its_class(as_users_call):
+def test_sampling_must_have_its_class(as_users_call):
     sampling: Any = {"temperature": 1.0}
     with pytest.raises(TypeError, match=r"sampling must be a memjax\.SamplingConfig, found dict"):
         next(stream_text(tiny(), ByteTokenizer(), "a", max_tokens=1, sampling=sampling))
 
 
-def test_ids_are_whole_numbers(as_users_call):
+def test_ids_must_be_integers(as_users_call):
     fractions: Any = [1.0, 1.5]
     with pytest.raises(ValueError, match="the ids of prompt 0 must be whole numbers, not of type float64"):
         check(Request(prompt_ids=fractions, max_tokens=1), 259)

@@ -33,7 +33,7 @@ def test_after_an_error_nothing_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match=r"out: cannot be written .*No space left.*is the disk full"):
         write_and_fail(tmp_path / "out", OSError(28, "No space left on device"))
     assert list(tmp_path.iterdir()) == []
@@ -86,7 +86,7 @@ def test_only_an_empty_folder_is_taken(tmp_path):
             check_new(taken)
 
 
-def test_where_a_link_leads_the_folder_is_written(tmp_path):
+def test_the_folder_is_written_where_a_link_points(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, place in (("link", "empty"), ("broken", "new")):
         (tmp_path / name).symlink_to(place)
@@ -96,7 +96,7 @@ def test_where_a_link_leads_the_folder_is_written(tmp_path):
         assert (tmp_path / name).is_symlink()
 
 
-def test_a_folder_that_none_can_replace_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(
@@ -114,7 +114,7 @@ def test_a_name_that_is_a_path_is_refused(name, tmp_path):
         file_in(tmp_path, name)
 
 
-def test_a_link_that_leads_out_is_refused_and_one_that_stays_is_not(tmp_path):
+def test_a_link_that_points_outside_is_refused_and_one_inside_is_not(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret").write_text("s")
@@ -139,7 +139,7 @@ def test_the_download_cache_keeps_its_links(tmp_path):
         file_in(snapshot, "bad")
 
 
-def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
+def test_anything_but_a_file_is_refused_without_being_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # opening it would block forever
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder", "nothing"):
@@ -158,7 +158,7 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path):
         (b'{"a":' * 100_000, "cannot be read as JSON"),
     ],
 )
-def test_what_is_no_sound_json_object_is_refused(content, message, tmp_path):
+def test_anything_but_a_json_object_is_refused(content, message, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         read_json(tmp_path / "config.json")

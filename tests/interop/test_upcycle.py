@@ -44,14 +44,14 @@ def beside(dense) -> Decoder:
     return upcycle(dense, BESIDE, seed=1)
 
 
-def test_beside_the_feed_forward_layers_a_memory_changes_no_logit(dense, beside):
+def test_a_memory_beside_feed_forward_layers_changes_no_logit(dense, beside):
     assert np.array_equal(forward(dense, TOKENS), forward(beside, TOKENS))
     assert sorted(beside.tables) == ["layer_0", "layer_1"]
     assert all(np.std(table.rows[...]) > 0.1 for table in beside.tables.values())
     assert [block.memory is not None for block in beside.blocks] == [True, True]
 
 
-def test_once_its_scale_is_not_zero_the_memory_counts(beside):
+def test_the_memory_counts_once_its_scale_is_not_zero(beside):
     parts, params, tables = split_decoder(beside)
     moved = jax.tree.map(lambda leaf: leaf + 0.1 if leaf.ndim == 1 else leaf, params)
     still = jax.tree.map(lambda leaf: 0 * leaf, tables)
@@ -59,7 +59,7 @@ def test_once_its_scale_is_not_zero_the_memory_counts(beside):
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
-def test_in_place_of_feed_forward_layers_all_else_stays(dense):
+def test_replacing_feed_forward_layers_leaves_everything_else(dense):
     replaced = upcycle(dense, MemoryConfig(layers=(1,), **SIZES))
     assert replaced.blocks[1].feed_forward is None
     old, new = (

@@ -47,7 +47,7 @@ for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, si
 """
 
 
-def test_signals_to_all_processes_do_not_end_the_one_that_tracks_locks():
+def test_signals_to_the_process_group_do_not_end_the_resource_tracker():
     done = subprocess.run(
         [sys.executable, "-c", TRACKED], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
     )

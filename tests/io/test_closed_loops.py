@@ -25,7 +25,7 @@ def test_an_error_that_ends_the_program_is_shown_whatever_it_is(capsys):
     assert "Event loop is closed" in capsys.readouterr().err
 
 
-def test_nor_are_they_where_they_cannot_be_raised(monkeypatch, capsys):
+def test_closed_loops_that_cannot_be_raised_are_not_shown(monkeypatch, capsys):
     class Fails:
         def __init__(self, text: str) -> None:
             self.text = text

@@ -29,7 +29,7 @@ def test_devices_that_a_cpu_simulates_get_threads_to_wait_in(variables, threads,
     assert found == [threads and str(threads)]
 
 
-def test_a_current_folder_that_is_gone_is_called_so(tmp_path, monkeypatch):
+def test_a_removed_current_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

@@ -35,7 +35,7 @@ def test_a_full_disk_ends_nothing() -> None:
     assert (run.returncode, run.stderr) == (0, "done\n")
 
 
-def test_characters_that_the_terminal_lacks_are_replaced() -> None:
+def test_characters_outside_the_terminals_encoding_are_replaced() -> None:
     program = "from memjax.io.console import output\noutput('caf\\u00e9 \\u2014')"
     environment = {"PYTHONIOENCODING": "ascii"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)

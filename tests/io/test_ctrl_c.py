@@ -203,7 +203,7 @@ RUN(main)
 
 
 @pytest.mark.parametrize("runs", ["run_command", "run_program"])
-def test_without_standard_error_nothing_of_it_goes_to_the_output_and_a_missing_input_is_empty(runs):
+def test_without_standard_error_its_text_is_dropped_and_a_missing_input_is_empty(runs):
     program = shlex.quote(STREAMS.replace("RUN", runs))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = ["sh", "-c", f"exec {sys.executable} -c {program} <&- 2>&-"]

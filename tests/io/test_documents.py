@@ -35,7 +35,7 @@ def deep(depth):
         ({"size": 1, "names": deep(500)}, "recursion limit"),
     ],
 )
-def test_another_shape_is_a_line(document, message):
+def test_an_invalid_document_is_reported_in_one_line(document, message):
     with pytest.raises(ValueError, match=message) as error:
         read_as(Shape, document)
     assert len(str(error.value).splitlines()) == 1

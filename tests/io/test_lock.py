@@ -86,7 +86,7 @@ def test_another_thread_is_another_holder_and_waiting_ends_when_the_lock_is_free
     assert str(os.getpid()) in waited[0]
 
 
-def test_what_was_made_for_the_lock_and_stays_empty_is_removed(tmp_path):
+def test_files_made_for_the_lock_are_removed_if_they_stay_empty(tmp_path):
     (tmp_path / "there").mkdir()
     take(tmp_path / "there/lock")
     take(tmp_path / "a/b/lock")
@@ -96,7 +96,7 @@ def test_what_was_made_for_the_lock_and_stays_empty_is_removed(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
 
 
-def test_many_that_come_and_go_never_hold_it_together(tmp_path):
+def test_concurrent_holders_never_overlap(tmp_path):
     path, inside, worst = tmp_path / "folder/lock", [], []
 
     def work() -> None:
@@ -134,7 +134,7 @@ def test_a_folder_that_takes_no_file_is_an_error():
         take(pathlib.Path("/proc/memjax"))
 
 
-def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
     def refuse(*_) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 

@@ -18,7 +18,7 @@ def test_remote_addresses_are_refused_by_name(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a\0b"])
-def test_what_is_no_path_is_refused(text: str) -> None:
+def test_anything_but_a_path_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^run\.dir="):
         local_path(text, "run.dir")
 

@@ -76,7 +76,7 @@ def test_a_file_a_folder_and_a_glob_are_copied(bucket):
         remote.fetch(f"{bucket}/*.xz")
 
 
-def test_what_has_changed_or_gone_there_changes_and_goes_here(bucket):
+def test_remote_changes_and_deletions_reach_the_copy(bucket):
     write(f"{bucket}/a", "one")
     write(f"{bucket}/b", "two")
     remote.fetch(bucket)
@@ -143,7 +143,7 @@ def make_run(folder: pathlib.Path, step: int, *, saved: str = "m", params: str =
     return folder
 
 
-def test_a_mirror_is_that_of_one_run(bucket, tmp_path):
+def test_a_mirror_belongs_to_one_run(bucket, tmp_path):
     mine, other = make_run(tmp_path / "mine", 1), make_run(tmp_path / "other", 2)
     remote.push(mine, bucket)
     before = contents(remote.fetch(bucket))
@@ -178,7 +178,7 @@ def test_another_step_of_the_same_number_replaces_the_first(bucket, tmp_path):
     assert contents(remote.fetch(bucket))["checkpoints/1/params/data"] == "LONGER"
 
 
-def test_results_written_into_a_fetched_run_stay(bucket, tmp_path):
+def test_results_written_into_a_fetched_run_are_kept(bucket, tmp_path):
     remote.push(make_run(tmp_path / "run", 1), bucket)
     fetched = remote.fetch_run(bucket)
     for name in ("evals/a.json", "prepared/b", ".x.part", "stale"):
@@ -197,7 +197,7 @@ def test_a_missing_package_is_named_when_an_address_is_read(monkeypatch):
         remote.fetch("gs://b/x")
 
 
-def test_addresses_are_told_from_paths_and_need_their_packages(monkeypatch):
+def test_addresses_are_distinguished_from_paths_and_need_their_packages(monkeypatch):
     assert [*map(is_remote, ("gs://b/x", "http://h/x", "a:b", "/gs://x", "hdfs://x"))] == [
         True,
         True,

@@ -50,7 +50,7 @@ def test_texts_prompts_and_paraphrases_are_read(tmp_path):
         ({"prompt": "x", "answer": "y", "paraphrases": [""]}, "field 'paraphrases[0]' is an empty string"),
     ],
 )
-def test_a_line_that_is_no_fact_is_named(tmp_path, line, problem):
+def test_a_line_that_is_not_a_fact_is_named(tmp_path, line, problem):
     with pytest.raises(DataError, match=r"facts\.jsonl") as error:
         read_facts(write(tmp_path, {"text": "good"}, line), "FACTS")
     assert problem in str(error.value)

@@ -150,7 +150,7 @@ def test_layers_are_exported_for_any_number_of_tokens(as_users_call):
     np.testing.assert_allclose(exported.call(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-def test_numbers_of_numpy_are_those_of_jax(as_users_call, recwarn):
+def test_numpy_inputs_give_the_same_output(as_users_call, recwarn):
     model, x = draw(3)
     out = model(np.asarray(x, np.float64))
     assert out.dtype == jnp.float32

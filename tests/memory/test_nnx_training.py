@@ -239,7 +239,7 @@ def test_the_step_of_a_model_on_a_device_of_its_own_is_compiled_once(caplog):
 
 
 @pytest.mark.usefixtures("as_users_call")
-def test_a_rule_that_only_measures_is_no_rule_to_train_with():
+def test_a_rule_that_only_measures_cannot_train():
     kind: Any = "rowwise_norm"
     with pytest.raises(ValueError, match=r"kind='rowwise_norm' is unknown; known: (?!.*norm)rowwise_adam, .*sgd"):
         RowOptimizer(1e-2, RowRule(kind=kind))
@@ -372,7 +372,7 @@ def test_a_rate_may_be_an_argument_of_a_compiled_function():
     + [np.array(wrong) for wrong in (-1.0, np.nan, True, "1e-3", 1j, [0.1])]
     + [jnp.float32(-1.0)],
 )
-def test_rates_that_are_none_are_refused(as_users_call, rate):
+def test_invalid_rates_are_refused(as_users_call, rate):
     with pytest.raises(ValueError, match=r"learning_rate=.* must be a number that is not negative, or a schedule"):
         RowOptimizer(rate)
 
@@ -394,7 +394,7 @@ def test_columns_that_share_a_moment_must_be_of_one_device():
             assert {moment.shape for moment in state.values()} == {(SLOTS, 24 if rule.kind == "adam" else 6)}
 
 
-def test_what_is_of_flax_and_optax_is_refused_by_name(as_users_call):
+def test_objects_of_flax_and_optax_are_refused_by_name(as_users_call):
     model, wrong = Model(), optax.sgd(0.1)
     with pytest.raises(TypeError, match=r"tables must be a memjax.RowOptimizer, found GradientTransformation"):
         memjax.Optimizer(model, dense=wrong, tables=wrong)  # pyright: ignore[reportArgumentType]

@@ -45,7 +45,7 @@ def test_activations_of_another_width_are_refused(as_users_call, shape):
 
 
 @pytest.mark.parametrize("kind", [jnp.int32, bool])
-def test_activations_that_are_no_floats_are_refused(as_users_call, kind):
+def test_activations_that_are_not_floats_are_refused(as_users_call, kind):
     memory, experts, (table, inputs, outputs) = build()
     x = jnp.ones((8, DIM), kind)
     for call in (lambda: memory(x, table), lambda: experts(x, inputs, outputs)):
@@ -54,7 +54,7 @@ def test_activations_that_are_no_floats_are_refused(as_users_call, kind):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16])
-def test_what_belongs_to_another_number_of_tokens_is_refused(as_users_call, tokens):
+def test_arrays_for_another_number_of_tokens_are_refused(as_users_call, tokens):
     memory, experts, (table, inputs, outputs) = build()
     x = jnp.ones((8, DIM))
     lookup = memory.lookup(x)
@@ -67,7 +67,7 @@ def test_what_belongs_to_another_number_of_tokens_is_refused(as_users_call, toke
 
 
 @pytest.mark.parametrize("shape", [(0, DIM), (4, 0, DIM)], ids=str)
-def test_no_token_gives_nothing(shape):
+def test_zero_tokens_give_nothing(shape):
     memory, experts, (table, inputs, outputs) = build()
     x = jnp.ones(shape)
     assert memory(x, table).shape == experts(x, inputs, outputs).shape == shape
@@ -120,7 +120,7 @@ def test_tokens_that_devices_cannot_share_evenly_are_refused_with_what_to_do(mes
                 call()
 
 
-def test_no_token_gives_nothing_on_a_mesh_and_tables_do_not_change(mesh):
+def test_zero_tokens_on_a_mesh_give_nothing_and_leave_tables_unchanged(mesh):
     memory, experts, (table, inputs, outputs) = build()
     rows = jnp.ones((4, 8))
     with jax.set_mesh(mesh):
@@ -149,7 +149,7 @@ def test_a_section_and_keywords_make_the_same_layer(as_users_call, kind, section
         kind(DIM, wrong, rngs=nnx.Rngs(0))
 
 
-def test_what_is_no_table_is_refused(as_users_call):
+def test_anything_but_a_table_is_refused(as_users_call):
     memory, experts, (table, *_) = build()
     rows: Any = table.rows[...]
     nothing: Any = None

@@ -276,14 +276,14 @@ def test_a_decoder_trains_by_rows():
     assert np.any(rows.dense(25))
 
 
-def test_a_decoder_that_a_transformation_closes_over_is_named():
+def test_a_decoder_in_a_transformations_closure_is_named():
     loss_fn = lambda model: jax.checkpoint(lambda tokens: model.hidden(tokens).states.sum())(jnp.asarray(TOKENS))
     with pytest.raises(ValueError, match="a Decoder is called inside a transformation of JAX"):
         jax.eval_shape(memjax.value_and_grad(loss_fn), build("beside"))
 
 
 @pytest.mark.parametrize("name", ["positions", "segments"])
-def test_positions_and_segments_that_are_no_whole_numbers_are_refused(as_users_call, name):
+def test_positions_and_segments_must_be_integers(as_users_call, name):
     given: dict[str, Any] = {name: jnp.ones((2, 7))}
     with pytest.raises(ValueError, match=f"Decoder: {name} must be whole numbers; found {name} float32"):
         build("own tables").hidden(jnp.asarray(TOKENS), **given)
@@ -302,7 +302,7 @@ def test_masks_and_segments_may_be_zeros_and_ones_of_any_type(as_users_call):
 
 @pytest.mark.parametrize("shape", [(1, 7), (2, 1), (7,)], ids=str)
 @pytest.mark.parametrize("name", ["positions", "segments", "token_mask"])
-def test_what_belongs_to_other_tokens_is_refused(as_users_call, name, shape):
+def test_arrays_for_other_tokens_are_refused(as_users_call, name, shape):
     given: dict[str, Any] = {name: jnp.ones(shape, bool if name == "token_mask" else jnp.int32)}
     sizes = ", ".join(map(str, shape))
     with pytest.raises(ValueError, match=rf"{name} must have the shape of the tokens; found .*{name} \w+\[{sizes}\]"):
@@ -310,7 +310,7 @@ def test_what_belongs_to_other_tokens_is_refused(as_users_call, name, shape):
 
 
 @pytest.mark.parametrize("name", ["positions", "segments", "token_mask"])
-def test_lists_of_what_belongs_to_tokens_are_refused(as_users_call, name):
+def test_lists_in_place_of_arrays_are_refused(as_users_call, name):
     given: dict[str, Any] = {name: [[1] * 7] * 2}
     with pytest.raises(ValueError, match=f"{name} must have the shape of the tokens"):
         build("own tables").hidden(jnp.asarray(TOKENS), **given)
@@ -318,12 +318,12 @@ def test_lists_of_what_belongs_to_tokens_are_refused(as_users_call, name):
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=str)
 @pytest.mark.parametrize("name", ["shared tables", "experts"])
-def test_no_token_gives_no_logits(name, shape):
+def test_zero_tokens_give_no_logits(name, shape):
     assert build(name)(jnp.zeros(shape, jnp.int32)).shape == (*shape, SIZES["vocab_size"])
 
 
 @pytest.mark.parametrize("tokens", [np.zeros(4, np.int32), np.zeros((1, 4)), [[1, 2]], "a text"], ids=repr)
-def test_what_is_no_batch_of_tokens_is_refused(as_users_call, tokens):
+def test_anything_but_a_batch_of_tokens_is_refused(as_users_call, tokens):
     with pytest.raises(ValueError, match=r"Decoder: tokens must be whole numbers \[batch, tokens\]; found tokens "):
         build("dense")(tokens)
 

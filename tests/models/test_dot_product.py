@@ -116,7 +116,7 @@ def test_cudnn_says_why_it_cannot_run(dtype, head_dim, length, capability, reaso
     assert dot_product.choose(None, dtype, head_dim, length) == ("chunked" if reason else "cudnn")
 
 
-def test_a_named_wish_is_met_or_refused():
+def test_a_named_implementation_is_used_or_refused():
     assert dot_product.choose("chunked", "float32", 64, 10) == "chunked"
     with pytest.raises(NotImplementedError, match=r"attention='cudnn' cannot run: needs an NVIDIA GPU, found cpu"):
         dot_product.choose("cudnn", "bfloat16", 64, 10)

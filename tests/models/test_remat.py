@@ -26,13 +26,13 @@ def kept(remat, mesh):
     return [leaf.shape for leaf in leaves]
 
 
-def test_with_none_nothing_is_done_again_on_several_devices_either(mesh):
+def test_without_remat_nothing_is_recomputed_on_several_devices(mesh):
     with jax.set_mesh(mesh):
         assert rematerialised("none")(kept) is kept
 
 
 @pytest.mark.parametrize(("remat", "products"), [("dots", 2), ("block", 0)])
-def test_policies_keep_what_they_name(remat, products, mesh):
+def test_policies_save_what_they_name(remat, products, mesh):
     shapes = kept(remat, mesh)
     assert shapes.count((TOKENS, HIDDEN)) == products
     # Weights are saved once, and not in gathered form as well.

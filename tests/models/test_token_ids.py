@@ -21,7 +21,7 @@ def test_ids_without_an_embedding_are_refused_by_value(as_given):
             check_ids(as_given([5, wrong, 7]), 259, "ids")
 
 
-def test_no_ids_and_traced_ones_pass():
+def test_zero_ids_and_traced_ids_pass():
     check_ids([], 259, "ids")
     check_ids(np.zeros((0, 4), np.int32), 259, "ids")
     jax.eval_shape(lambda ids: check_ids(ids, 259, "ids"), jax.ShapeDtypeStruct((3,), jnp.int32))

@@ -74,7 +74,7 @@ def test_a_folder_without_metrics_is_refused(tmp_path):
         read_runs([tmp_path / "nowhere"])
 
 
-def test_what_runs_lack_is_noted():
+def test_missing_values_of_runs_are_noted():
     lacking = Run("short", [{"step": 1, "train/loss": 1.0}])
     assert missing([run("a", 8), lacking]) == [
         "no validation loss in short",
@@ -92,7 +92,7 @@ def test_places_on_the_axes_are_sums_over_the_steps():
     np.testing.assert_array_equal(found.along("seconds"), [0.5, 1.0, 1.5])
 
 
-def test_the_table_tells_where_runs_ended():
+def test_the_table_shows_where_runs_ended():
     bad = Run("bad", [{"step": 1, "train/loss": None}])
     assert summary_table([run("good", 8), bad])[1:] == [
         ["good", "8", "800", "0.5000", "0.6250", "200", "65.0%"],

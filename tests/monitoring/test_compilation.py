@@ -14,7 +14,7 @@ LOWERED, COMPILED, TRACED = (
 )
 
 
-def test_what_jax_compiles_is_counted_and_what_it_has_compiled_is_not():
+def test_compilations_are_counted_and_cached_programs_are_not():
     @jax.jit
     def program(x):
         return jnp.sin(x) @ x
@@ -28,7 +28,7 @@ def test_what_jax_compiles_is_counted_and_what_it_has_compiled_is_not():
         assert spent() == first
 
 
-def test_all_threads_are_heard_until_the_block_ends():
+def test_all_threads_count_until_the_block_ends():
     record = jax.monitoring.record_event_duration_secs
     with compile_seconds() as spent:
         record(LOWERED, 1.0)
@@ -40,7 +40,7 @@ def test_all_threads_are_heard_until_the_block_ends():
     assert spent() == 3.0
 
 
-def test_nothing_is_heard_after_an_error():
+def test_nothing_counts_after_an_error():
     def fail(spent):
         heard.append(spent)
         raise KeyError

@@ -63,7 +63,7 @@ def test_a_long_file_is_opened_in_little_more_memory_than_it_takes(tmp_path):
     assert peak < 4.5 * size
 
 
-def test_a_file_that_is_not_there_has_no_rows(tmp_path):
+def test_a_missing_file_has_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
@@ -159,7 +159,7 @@ def test_on_a_terminal_a_bar_stands_below_what_is_printed_and_leaves_nothing(mon
     assert shown(terminal.getvalue()) == [first, between, ""]
 
 
-def test_progress_tells_the_tables_rate_and_the_share_of_the_peak(capsys):
+def test_progress_shows_the_tables_rate_and_the_share_of_the_peak(capsys):
     progress = ProgressLines(first_step=0, steps=3, every_seconds=5.0)
     progress.show(row(1, 3.0, **{"train/lr_table": 2e-2, "throughput/mfu": 0.4}))
     capsys.readouterr()
@@ -171,7 +171,7 @@ def test_progress_tells_the_tables_rate_and_the_share_of_the_peak(capsys):
 
 
 @pytest.mark.parametrize(("waits", "told"), [((0.9, 0.6), "waiting for data 50%"), ((0.1, 0.1), "")], ids=str)
-def test_progress_tells_when_the_devices_wait_for_data(capsys, waits, told):
+def test_progress_shows_when_devices_wait_for_data(capsys, waits, told):
     progress = ProgressLines(first_step=0, steps=3, every_seconds=5.0)
     progress.show(row(1, 1.0))
     capsys.readouterr()
@@ -202,7 +202,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
-def test_a_damaged_line_costs_no_other(tmp_path, damage):
+def test_a_damaged_line_does_not_affect_others(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 8))
     lines = path.read_bytes().split(b"\n")
@@ -212,7 +212,7 @@ def test_a_damaged_line_costs_no_other(tmp_path, damage):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 5, 6]
 
 
-def test_a_step_that_stands_twice_is_read_once(tmp_path):
+def test_a_duplicate_step_is_read_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "a": 1}\n{"step": 2, "a": 2}\n')
     assert read_metrics(path) == [{"step": 1}, {"step": 2, "a": 2}]
@@ -299,7 +299,7 @@ def test_slot_statistics_over_fewer_steps_are_not_compared(rows, steps):
     assert [row["step"] for row in kept if "memory/L1/used_fraction" in row] == steps
 
 
-def test_a_value_that_is_no_number_costs_no_other(tmp_path):
+def test_an_invalid_value_does_not_affect_others(tmp_path):
     odd = {"step": 1, "loss": 2.5, "a": [1], "b": "\x00", "c": {"d": 1}, "e": 10**4000, "f": True, "g": None, "h": -3}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(odd) + "\n")
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5, "f": True, "g": None, "h": -3}]

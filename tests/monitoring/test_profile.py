@@ -82,7 +82,7 @@ def test_on_a_cpu_a_loop_does_not_count_its_body_again():
     assert of_text(CPU_TRACE) == [("tanh", 4e-3, 1), ("while", 3e-3, 1), ("dot", 3e-3, 1)]
 
 
-def test_the_table_has_shares_and_what_is_left_out():
+def test_the_table_has_shares_and_the_remainder():
     found = [Operation("a" * 100, 3.0, 2), Operation("b", 1.5, 1000), Operation("c", 0.25, 1), Operation("d", 0.25, 1)]
     assert table(found, 2).splitlines() == [
         "          ms   share    count  operation",
@@ -101,7 +101,7 @@ def test_overlap_is_what_collectives_share_with_other_work():
     assert "collectives 5.0 ms, of which 3.0 ms exposed" in describe_overlap(*found.popitem())
 
 
-def test_a_gpu_alone_has_no_collectives_to_tell_of():
+def test_a_single_gpu_has_no_collectives_to_report():
     assert overlaps(ProfileData.from_text_proto(CPU_TRACE)) == {}
     found = overlaps(ProfileData.from_text_proto(GPU_TRACE))
     np.testing.assert_allclose(found["/device:GPU:0"], (9e-3, 1e-3, 0, 0))

@@ -108,7 +108,7 @@ def test_vmap_equals_a_loop(implementation):
         np.testing.assert_allclose(mapped[number], product(rows, matrices, sizes), rtol=1e-5, atol=1e-6)
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_arguments_are_refused():
     rows, matrices, sizes = draw(0, SHAPES[0], "even")
     with pytest.raises(ValueError, match=r"found rows float32\[12, 4\], matrices float32\[3, 5, 7\]"):
         grouped_matmul(rows[:, 1:], matrices, sizes)

@@ -98,7 +98,7 @@ def test_without_a_folder_kernels_are_compiled_as_before(folder, kept):
         assert compiled == ["a"]
 
 
-def test_who_dumps_what_is_compiled_gets_it_compiled(folder, monkeypatch):
+def test_dumping_compiled_code_disables_the_cache(folder, monkeypatch):
     monkeypatch.setenv("JAX_TRITON_DUMP_DIR", str(folder / "dump"))
     for _ in range(2):
         compiler, compiled = process()

@@ -69,7 +69,7 @@ def test_rounding_is_unbiased_and_takes_only_the_two_neighbours(value):
 
 
 @given(seed=st.integers(0, MASK), step=st.integers(0, 1000))
-def test_what_bfloat16_holds_is_kept(seed, step):
+def test_values_that_bfloat16_can_represent_are_kept(seed, step):
     special = jnp.asarray([[0.0, -0.0, 1.0, -2.5, jnp.inf, -jnp.inf, jnp.nan]], jnp.float32)
     rounded = round_stochastically(special, compiled_bits(np.uint32(seed), np.int32(step), np.arange(1), np.arange(7)))
     assert rounded.dtype == jnp.bfloat16

@@ -121,7 +121,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name(as_users_call, case):
 
 @pytest.mark.parametrize("batch", [(0,), (3, 0)], ids=str)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_no_token_gives_nothing_and_gradients_of_zero(implementation, batch):
+def test_zero_tokens_give_nothing_and_zero_gradients(implementation, batch):
     named = {"implementation": implementation}
     assert embedding_bag(TABLE, indices(*batch, 2), jnp.ones((*batch, 2)), **named).shape == (*batch, 4)
     assert embedding_dot(TABLE, indices(*batch, 2), jnp.ones((*batch, 4)), **named).shape == (*batch, 2)

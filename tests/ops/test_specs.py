@@ -17,7 +17,7 @@ def test_an_implementation_is_the_definition(implementation, operation):
     assert specs.difference(operation, implementation) < 1e-4
 
 
-def test_every_operation_has_uses():
+def test_every_operation_has_cases():
     (folder,) = map(pathlib.Path, ops.__path__)
     assert set(specs.OPERATIONS) == {path.parent.name for path in folder.glob("*/reference.py")}
     for operation in specs.OPERATIONS:
@@ -38,7 +38,7 @@ def test_a_difference_is_found(function, expected, monkeypatch):
     assert specs.difference("any", "xla") == expected
 
 
-def test_another_shape_is_no_small_difference(monkeypatch):
+def test_another_shape_is_not_a_small_difference(monkeypatch):
     function = lambda name, x: x if name == "reference" else x[None]
     monkeypatch.setattr(specs, "specs", lambda operation: {"one": specs.Case(function, (jnp.ones(3),))})
     with pytest.raises(ValueError, match=r"any: xla has shape \(1, 3\), the reference \(3,\)"):

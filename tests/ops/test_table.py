@@ -199,7 +199,7 @@ class Signs:
 
 
 @every_implementation
-def test_a_format_of_somebody_else_is_read_like_any_other(implementation, monkeypatch):
+def test_a_foreign_format_is_read_like_any_other(implementation, monkeypatch):
     monkeypatch.setattr(formats, "_FORMATS", dict(formats._FORMATS))
     signs = register(Signs())
     assert formats.find("signs") is signs

@@ -112,7 +112,7 @@ def test_a_change_that_is_allowed_is_printed_and_kept_as_history(started, capsys
     assert [line["step"] for line in lines] == [7, 7]
 
 
-def test_a_start_that_makes_no_step_claims_nothing(started, capsys):
+def test_a_start_without_a_step_claims_nothing(started, capsys):
     before, after = RATES
     folder = started(before, fails=True).folder
     assert not folder.path.exists()
@@ -180,7 +180,7 @@ def test_a_run_without_its_files_is_compared_with_its_checkpoint(tiny_config, tm
     assert isinstance(Tokenizer.load(folder.path), ByteTokenizer)
 
 
-def test_a_second_owner_is_refused_until_the_first_is_gone(tmp_path):
+def test_a_second_owner_is_refused_until_the_first_has_ended(tmp_path):
     folder = RunFolder(tmp_path / "runs/run")
     with folder.owned():
         refused = pytest.raises(ConfigError, match=rf"runs/run is in use: process {os.getpid()} on \S+ since 2")

@@ -332,7 +332,7 @@ class GpuWithMemory:
         return {"bytes_limit": 3_000_000_000, "bytes_in_use": 1_000_000_000}
 
 
-def test_gpus_are_offered_int4_the_host_and_more_gpus(monkeypatch):
+def test_on_gpus_int4_host_memory_and_more_gpus_are_suggested(monkeypatch):
     monkeypatch.setattr(run_tables.jax, "devices", lambda: [GpuWithMemory()])
     rows = jax.ShapeDtypeStruct((5_000_000, 512), jnp.bfloat16)
     with pytest.raises(ConfigError) as caught:

@@ -92,7 +92,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM
         ),
     ],
 )
-def test_a_process_is_one_of_several_only_where_somebody_says_so(settings, environ, place):
+def test_a_process_is_one_of_several_only_if_told_so(settings, environ, place):
     assert find(ProcessesConfig(**settings), environ) == place
 
 
@@ -153,14 +153,14 @@ def test_impossible_settings_are_refused(settings, message):
         ProcessesConfig(**settings)
 
 
-def test_alone_a_run_is_just_run(monkeypatch):
+def test_a_single_process_runs_directly(monkeypatch):
     for name in SLURM | OPEN_MPI | {"PMI_SIZE": ""}:
         monkeypatch.delenv(name, raising=False)
     assert run_together(ProcessesConfig(), lambda: 5) == 5
 
 
 @pytest.mark.slow
-def test_a_process_that_nobody_joins_ends_with_a_word(tmp_path):
+def test_a_process_that_nobody_joins_ends_with_a_message(tmp_path):
     lonely = "--processes.count 2 --processes.index 1 --processes.coordinator 127.0.0.1:9 --processes.start_timeout 1"
     done = subprocess.run(
         [sys.executable, "-m", "memjax.train", "--run.dir", str(tmp_path / "run"), *lonely.split()],

@@ -1,7 +1,7 @@
 from memjax.training.compiler import compiler_options
 
 
-def test_only_gpus_get_options_and_the_users_flags_stay(monkeypatch):
+def test_only_gpus_get_options_and_the_users_flags_are_kept(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert compiler_options("cpu", 2) is None
     alone, several = compiler_options("gpu", 1), compiler_options("gpu", 2)

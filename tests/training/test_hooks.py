@@ -80,7 +80,7 @@ def test_a_hook_is_due_at_its_period_and_after_the_last_step(every, due):
 
 
 @pytest.mark.parametrize("every", [0, -3])
-def test_a_period_of_no_step_is_refused(every):
+def test_a_period_of_zero_steps_is_refused(every):
     with pytest.raises(ValueError, match=rf"hook mine: every={every} must be 1 or more, or None"):
         Periodic("mine", Hook(), every)
 
@@ -282,7 +282,7 @@ def test_runs_are_asked_for_facts_where_the_config_says_so(tmp_path, every):
     assert ("facts" in [hook.name for hook in found]) == (every is not None)
 
 
-def test_rows_have_the_memory_in_use_of_a_device_that_tells_it(trainer, throughput):
+def test_rows_have_the_memory_in_use_if_the_device_reports_it(trainer, throughput):
     trainer.compile_seconds = 7.0
     row: dict[str, Any] = {"train/tokens": 50, "throughput/step_seconds": 2.0}
     throughput.on_row(trainer, row)
@@ -304,7 +304,7 @@ def test_tokens_that_a_checkpoint_does_not_know_are_those_of_the_rows_before_it(
     assert hook.state() == {"tokens_seen": 20}
 
 
-def test_hooks_of_a_program_of_ones_own_come_before_logs_and_checkpoints(program, tmp_path):
+def test_hooks_of_the_user_run_before_logs_and_checkpoints(program, tmp_path):
     folder, mesh = RunFolder(tmp_path), jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     found = with_standard_hooks([Periodic("mine", Hook())], program, folder, mesh)
     assert [periodic.name for periodic in found] == ["throughput", "mine", "log", "validate", "save"]
@@ -356,7 +356,7 @@ def test_a_mirror_on_the_hub_keeps_its_library_online(monkeypatch):
     evaluation_hooks.Questions(RunConfig(run=run, eval=EvalConfig(tasks=("arc",))))
 
 
-def test_a_folder_that_cannot_be_listed_costs_its_mirror_a_line(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_listed_costs_its_mirror_one_line(tmp_path, monkeypatch, capsys):
     trainer: Any = FakeTrainer()
 
     def steps():

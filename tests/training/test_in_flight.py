@@ -40,7 +40,7 @@ def test_rows_come_in_order_with_what_the_host_and_the_device_know():
     assert all(row["throughput/step_seconds"] >= 0 for row in rows)
 
 
-def test_a_step_that_is_not_finite_drops_those_after_it():
+def test_a_non_finite_step_drops_those_after_it():
     in_flight = InFlight()
     for number in (1, 2, 3):
         in_flight.push(step(number, healthy=number < 2))

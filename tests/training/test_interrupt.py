@@ -64,7 +64,7 @@ def test_every_signal_that_ends_programs_is_caught():
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_blocks_within_blocks_share_one_wish():
+def test_nested_blocks_share_one_flag():
     with catch_interrupts(at_once=False, quiet=True) as outer:
         with catch_interrupts(at_once=False, quiet=True) as inner:
             assert inner is outer
@@ -139,7 +139,7 @@ run_program(lambda: 3)
 """
 
 
-def test_a_signal_that_comes_when_all_is_done_does_not_change_the_exit_code():
+def test_a_late_signal_does_not_change_the_exit_code():
     done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (3, "")
 

@@ -134,13 +134,13 @@ def test_data_prepared_by_a_start_that_made_no_step_does_not_refuse_other_settin
     assert "corpus.jsonl.gz:3" in printed
 
 
-def test_another_error_of_a_device_is_not_taken_for_too_little_memory(run, monkeypatch):
+def test_other_device_errors_are_not_taken_for_out_of_memory(run, monkeypatch):
     monkeypatch.setattr(main, "Trainer", trainer_that_fails("INTERNAL: something else"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         run("broken")
 
 
-def test_a_file_that_is_not_there_ends_with_3(run, tmp_path):
+def test_a_missing_file_ends_with_3(run, tmp_path):
     code, printed = run("lost", "--data.path", str(tmp_path / "nowhere.txt"))
     assert code == 3
     assert "nowhere.txt" in printed
@@ -193,7 +193,7 @@ def raises(error: Exception) -> Callable[[], None]:
 
 
 @pytest.mark.slow
-def test_what_the_host_meets_ends_a_run_only_after_its_steps_are_saved(run, tmp_path, monkeypatch):
+def test_host_errors_end_a_run_only_after_its_steps_are_saved(run, tmp_path, monkeypatch):
     settings = ["--model.num_layers", "1", "--model.memory", "null", "--train.steps", "9", "--log.tensorboard", "false"]
     settings += ["--checkpoint.every", "100"]
     folder = tmp_path / "host"

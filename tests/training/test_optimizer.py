@@ -129,7 +129,7 @@ def test_the_gradient_is_clipped_as_a_whole(first_updates):
     np.testing.assert_allclose(clipped["norm/scale"], -each / (1 + each), rtol=1e-3)
 
 
-def test_what_is_frozen_neither_moves_nor_has_a_state(first_updates, tiny):
+def test_frozen_parameters_neither_move_nor_have_a_state(first_updates, tiny):
     free, frozen = (
         first_updates(0.5, eps=1.0, weight_decay=0.1, max_grad_norm=None, freeze_dense=on) for on in (False, True)
     )

@@ -78,7 +78,7 @@ def test_a_run_that_ends_early_ends_its_trace(fake_profiler, tmp_path):
     assert fake_profiler == ["start", "stop"]
 
 
-def test_a_profiler_that_fails_is_told_of_and_the_run_goes_on(monkeypatch, tmp_path, capsys):
+def test_a_failing_profiler_is_reported_and_the_run_continues(monkeypatch, tmp_path, capsys):
     def fail(*_, **__):
         raise RuntimeError("another trace is under way")
 
@@ -89,12 +89,12 @@ def test_a_profiler_that_fails_is_told_of_and_the_run_goes_on(monkeypatch, tmp_p
     )
 
 
-def test_a_trace_without_a_file_is_told_of(fake_profiler, tmp_path, capsys):
+def test_a_trace_without_a_file_is_reported(fake_profiler, tmp_path, capsys):
     run(Profile(ProfileConfig(start=2, steps=2), tmp_path), range(1, 9))
     assert "the profiler wrote no trace" in capsys.readouterr().err
 
 
-def test_on_this_machine_the_operations_of_the_traced_steps_are_told(tmp_path, capsys):
+def test_the_operations_of_traced_steps_are_reported_on_this_machine(tmp_path, capsys):
     @jax.jit
     def work(x):
         return jnp.sort(jnp.tanh(x @ x), axis=0)

@@ -10,7 +10,7 @@ from memjax.training.program import TrainProgram
 
 
 @pytest.mark.parametrize(("deterministic", "expected"), [(False, None), (True, "chunked")])
-def test_repeatable_runs_do_without_the_attention_that_cannot_repeat_its_bits(monkeypatch, deterministic, expected):
+def test_deterministic_runs_do_not_use_nondeterministic_attention(monkeypatch, deterministic, expected):
     asked = []
 
     def parts_of(config, *, implementation, attention):

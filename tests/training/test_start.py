@@ -193,7 +193,7 @@ def test_a_newest_step_that_is_damaged_does_not_hide_the_one_before(trained, req
     assert capsys.readouterr().out == ""
 
 
-def test_steps_that_can_all_not_be_read_are_not_buried_under_a_new_start(trained):
+def test_a_run_whose_steps_are_all_unreadable_is_not_overwritten(trained):
     run = trained("lost")
     for step in ("10", "20"):
         emptied(run / "checkpoints" / step)
@@ -209,7 +209,7 @@ def test_fewer_steps_than_the_run_has_made_are_refused(trained):
         check_start(short)
 
 
-def test_what_more_steps_do_to_the_rates_is_told(trained, capsys):
+def test_the_effect_of_more_steps_on_the_rates_is_reported(trained, capsys):
     folder = RunFolder(trained("longer"))
     before = load(RunConfig, None, ["--train.steps=20", "--optim.warmup_steps=0", "--optim.table.schedule=constant"])
     longer = dataclasses.replace(before, train=dataclasses.replace(before.train, steps=40))
@@ -225,7 +225,7 @@ def test_what_more_steps_do_to_the_rates_is_told(trained, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_other_settings_of_the_model_are_told(folder, capsys):
+def test_changed_settings_of_the_model_are_reported(folder, capsys):
     settings = ["--model.memory.top_k", "2", "--train.init_from", str(folder / "memory"), "--run.dir", "none"]
     check_start(load(RunConfig, folder / "memory/config.yaml", settings))
     assert capsys.readouterr().out == f"differs from {folder / 'memory'}: model.memory.top_k: 3 -> 2\n"

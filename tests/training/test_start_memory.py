@@ -65,7 +65,7 @@ def peak_of_start(folder: pathlib.Path, how: str, *, devices: int) -> int:
 @pytest.mark.skipif(
     not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's account of a program's memory"
 )
-def test_going_on_takes_no_more_memory_than_beginning_and_the_mesh_may_be_another(tmp_path):
+def test_resuming_needs_no_more_memory_than_starting_even_on_another_mesh(tmp_path):
     # 250 MB, far more than everything else.
     table = 4 * 700**2 * 128
     fresh = peak_of_start(tmp_path, "fresh", devices=2)

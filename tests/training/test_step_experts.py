@@ -47,7 +47,7 @@ def test_experts_lie_in_pieces_on_the_devices(trained):
     assert {piece.data.shape for piece in matrices.addressable_shards} == {(3, 3, 16)}
 
 
-def test_metrics_tell_how_tokens_spread(trained):
+def test_metrics_show_how_tokens_spread(trained):
     row = trained().metrics[0]
     found = {name.removeprefix("moe/L0/"): float(value) for name, value in row.items() if name.startswith("moe/")}
     assert found.keys() == {"load_balance_loss", "z_loss", "entropy", "most_loaded", "least_loaded"}
@@ -56,7 +56,7 @@ def test_metrics_tell_how_tokens_spread(trained):
     assert 0.5 < found["load_balance_loss"] < 3
 
 
-def test_router_losses_are_learned_from_and_not_told_as_the_models_loss(trained):
+def test_router_losses_are_trained_but_not_reported_as_the_models_loss(trained):
     weights = "--model.experts.aux_loss_weight 0 --model.experts.z_loss_weight 0"
     with_losses, without = trained(), trained(f"{weights} --train.grad_accum_steps 2")
     np.testing.assert_allclose(with_losses.losses[0], without.losses[0], rtol=1e-12)

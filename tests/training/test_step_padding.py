@@ -87,6 +87,6 @@ def test_rows_that_end_in_more_padding_train_the_same_tables_and_states(tiny, op
 
 @pytest.mark.parametrize("optimizer", ["adam", "rowwise_adam"])
 @pytest.mark.parametrize("settings", [SIZES, "--model.memory.gate none --model.memory.shared_table false"])
-def test_what_stands_in_padding_changes_no_bit(tiny, optimizer, settings):
+def test_the_content_of_padding_changes_no_bit(tiny, optimizer, settings):
     runs = [[longer(batch, LONG, token=token) for batch in documents(tiny, 12)] for token in (7, 90)]
     assert set(differences(*trained(tiny, runs, optimizer, settings)).values()) == {0.0}

@@ -61,7 +61,7 @@ def test_settings_that_end_alike_keep_their_whole_names():
         (["run.dir=a,b"], "the sweep names the folders of its runs itself"),
     ],
 )
-def test_words_that_are_no_grid_are_refused(words, problem):
+def test_invalid_grids_are_refused(words, problem):
     with pytest.raises(ConfigError, match=problem):
         sweep.parse_grid(words)
 
@@ -75,7 +75,7 @@ def test_all_combinations_are_checked_before_the_first_run(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_folder_of_a_run_is_not_that_of_a_sweep(tmp_path, capsys):
+def test_the_folder_of_a_run_cannot_hold_a_sweep(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("model: {dim: 64}")
     assert command.main(["--run.dir", str(tmp_path), "--grid", "optim.lr=1e-3"]) == 2
     assert "is the folder of a run; name another --run.dir for the sweep" in capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_the_config_may_stand_after_settings_that_are_addresses(tmp_path, capsys
     assert capsys.readouterr().err.strip().endswith("optim.lr='fast' must be a number")
 
 
-def test_values_that_a_folder_cannot_hold_apart_get_numbers():
+def test_values_that_folder_names_cannot_distinguish_get_numbers():
     assert [point.name for point in sweep.points({"data.path": ["a/b", "a_b", "c"]})] == [
         "path=a_b-1",
         "path=a_b-2",

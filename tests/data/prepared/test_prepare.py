@@ -71,7 +71,7 @@ def test_progress_tells_records_tokens_and_speed(tmp_path, lines, capsys):
 
 
 @pytest.mark.parametrize("count", [3, None])
-def test_systems_that_do_not_tell_a_process_its_cores_are_asked_for_all_of_them(tmp_path, lines, monkeypatch, count):
+def test_all_cores_are_used_if_the_system_does_not_report_a_processs_own(tmp_path, lines, monkeypatch, count):
     monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setattr("os.cpu_count", lambda: count)
     prepare(corpus(lines), BYTES, tmp_path / "p")
@@ -206,7 +206,7 @@ def test_too_many_malformed_records_end_it(tmp_path, broken_folder):
         )
 
 
-def test_nothing_that_can_be_used_is_an_error_in_both_modes(tmp_path):
+def test_no_usable_record_is_an_error_in_both_modes(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n{\n")
     with pytest.raises(DataError, match=r"no record can be used; set data\.path"):
         prepare(corpus(tmp_path / "a.jsonl", malformed="skip"), BYTES, tmp_path / "p")
@@ -324,7 +324,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_all_processes_is_told_once(tmp_path, number):
+def test_a_signal_to_all_processes_is_reported_once(tmp_path, number):
     path, program = tmp_path / "a.txt", tmp_path / "program.py"
     path.write_text("\n".join(f"{i:06d}" for i in range(200_000)))
     program.write_text(INTERRUPTED)
@@ -397,7 +397,7 @@ def test_processes_start_at_the_same_time_and_without_jax(tmp_path):
     assert len(PreparedReader(tmp_path / "p", BYTES)) == 2_000
 
 
-def test_a_killed_process_is_an_error_that_says_so(tmp_path, lines):
+def test_a_killed_process_is_reported_as_such(tmp_path, lines):
     before = {*tmp_path.iterdir()}
 
     def kill_first():
@@ -554,7 +554,7 @@ def test_only_what_a_start_with_other_settings_prepared_is_discarded(tmp_path, l
     assert {path.name for path in tmp_path.iterdir()} <= {"p", lines.name}
 
 
-def test_what_prepare_is_asked_for_stays_whoever_has_made_it(tmp_path, lines):
+def test_data_that_prepare_asked_for_is_kept_whoever_made_it(tmp_path, lines):
     prepare(corpus(lines), BYTES, tmp_path / "p", asked_for=False)
     prepare(corpus(lines), BYTES, tmp_path / "p", asked_for=True)
     discard_outdated(corpus(lines, malformed="skip"), BYTES, tmp_path / "p")
@@ -575,7 +575,7 @@ def test_what_prepare_is_asked_for_stays_whoever_has_made_it(tmp_path, lines):
         {"unknown" * 500: 1},
     ],
 )
-def test_a_manifest_of_another_shape_is_a_line(tmp_path, lines, change):
+def test_an_invalid_manifest_is_reported_in_one_line(tmp_path, lines, change):
     prepare(corpus(lines), BYTES, tmp_path / "p")
     manifest = tmp_path / "p" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))

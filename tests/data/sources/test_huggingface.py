@@ -53,7 +53,7 @@ def corpus_records(corpus):
     return CorpusStream(corpus).records()
 
 
-def test_without_the_package_its_name_is_told(folder, monkeypatch):
+def test_without_the_package_its_name_is_reported(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"source=huggingface needs the package datasets .*pip install datasets"):
         _ = find_source(config(folder)).corpora[0].files

@@ -209,7 +209,7 @@ def test_a_file_that_is_touched_or_replaced_by_its_copy_is_the_same_file(tmp_pat
     assert pickle.loads(pickle.dumps(records))[2] == (Segment("c", True),)
 
 
-def test_a_file_that_is_gone_is_named(tmp_path):
+def test_a_removed_file_is_named(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("a\nb")
     records = texts(path)

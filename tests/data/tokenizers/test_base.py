@@ -132,7 +132,7 @@ def test_begin_and_end_are_found_by_their_names_or_named():
         begin_and_end({"[SEP]": 1}, None, None)
 
 
-def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
+def test_anything_but_a_tokenizer_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match="there is no tokenizer here"):
         Tokenizer.load(tmp_path)
     for text, message in (("{", "not JSON"), ('{"kind": "words"}', "kind='words' is unknown"), ("[]", "kind=None")):

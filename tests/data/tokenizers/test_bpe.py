@@ -17,6 +17,6 @@ def test_training_is_repeatable_and_keeps_to_its_size():
         train_bpe(CORPUS, 258)
 
 
-def test_what_is_no_state_is_refused():
+def test_anything_but_a_state_is_refused():
     with pytest.raises(ValueError, match="cannot be read"):
         BpeTokenizer({"model": 3})

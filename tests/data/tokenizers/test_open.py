@@ -15,7 +15,7 @@ from memjax.errors import DataError
 FILES = {"sentencepiece": "sentencepiece.model", "tiktoken": "ranks.tiktoken"}
 
 
-def test_what_a_file_cannot_give_is_said(tokenizer_files, tmp_path):
+def test_what_a_file_lacks_is_reported(tokenizer_files, tmp_path):
     with pytest.raises(DataError, match=r"data\.tokenizer\.path is not set; data\.tokenizer\.kind=hf needs its file"):
         open_tokenizer(TokenizerConfig(kind="hf"))
     with pytest.raises(DataError, match="none: cannot be read"):
@@ -59,7 +59,7 @@ def _long_list(depth: int) -> str:
     ],
     ids=range(14),
 )
-def test_content_of_any_other_shape_is_one_line(content, tmp_path):
+def test_invalid_content_is_reported_in_one_line(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
     with pytest.raises(DataError) as error:
@@ -68,7 +68,7 @@ def test_content_of_any_other_shape_is_one_line(content, tmp_path):
     assert len(str(error.value)) < 600
 
 
-def test_a_saved_tokenizer_of_any_other_shape_is_one_line(tmp_path):
+def test_an_invalid_saved_tokenizer_is_reported_in_one_line(tmp_path):
     states = ('{"kind": "hf", "json": 3, "bos": null, "eos": null}', '{"kind": "bpe", "bpe": {}}', "[" * 100_000)
     for state in (*states, '{"kind": "tiktoken", "ranks": [], "pattern": 1, "special_tokens": 2, "bos": 0, "eos": 0}'):
         (tmp_path / "tokenizer.json").write_text(state)

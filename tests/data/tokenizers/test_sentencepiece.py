@@ -58,7 +58,7 @@ def test_a_model_without_bytes_marks_what_it_does_not_know():
     assert tokenizer.decode(tokenizer.encode("the § cat")) == "the \ufffd cat"
 
 
-def test_what_is_no_model_is_refused():
+def test_anything_but_a_model_is_refused():
     for content in (b"", b"no model"):
         with pytest.raises(ValueError, match="not a SentencePiece model"):
             SentencePieceTokenizer(base64.b64encode(content).decode())

@@ -82,7 +82,7 @@ def test_a_tokenizer_json_in_llamas_shape_says_the_same(tokenizer_files):
         assert tokenizer.encode(text) == llama.encode(text)
 
 
-def test_what_is_no_file_of_ranks_is_refused(tokenizer_files):
+def test_anything_but_a_file_of_ranks_is_refused(tokenizer_files):
     content = (tokenizer_files / "ranks.tiktoken").read_bytes()
     for wrong in (b"?? 3\n", b"eA==\n", b"eA== x\n"):
         with pytest.raises(ValueError, match=re.escape("line 265 is not a token in base 64 and its rank")):

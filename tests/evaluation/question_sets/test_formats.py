@@ -125,7 +125,7 @@ def test_a_folder_gives_its_sets_and_leaves_out_the_rest(tmp_path):
         ([], r"a\.jsonl:1: the file holds no text"),
     ],
 )
-def test_what_is_no_question_is_refused_with_its_place(tmp_path, rows, message):
+def test_anything_but_a_question_is_refused_with_its_line(tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         read(write(tmp_path / "a.jsonl", *rows))
 

@@ -22,7 +22,7 @@ from memjax.evaluation.question_sets.metrics import best, exact_match, f1, norma
         ("\N{HELICOPTER}", "\N{HELICOPTER}"),
     ],
 )
-def test_what_does_not_count_is_left_out(text, expected):
+def test_articles_case_and_punctuation_do_not_count(text, expected):
     assert normalised(text) == expected
 
 

@@ -188,7 +188,7 @@ def test_only_the_function_under_test_replaces_a_builtin(reason):
         ("class A(B):\n  c: int = d\n  def e(self): global h; h = self.i", {"B", "c", "d", "h", "self"}),
     ],
 )
-def test_names_that_are_the_programs_unless_tests_bind_them(tests, names):
+def test_names_belong_to_the_program_unless_tests_bind_them(tests, names):
     assert _free_names(ast.parse(tests)) == names
 
 
@@ -200,7 +200,7 @@ def test_a_list_that_is_an_attribute_can_be_read_often(reason):
 
 
 @pytest.mark.parametrize("what", FAIL)
-def test_what_must_not_pass_is_a_reason(reason, what):
+def test_what_must_not_pass_has_a_reason(reason, what):
     program, tests, why = FAIL[what]
     assert reason(program, tests).startswith(why)
 

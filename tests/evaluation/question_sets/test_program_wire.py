@@ -234,7 +234,7 @@ def test_exceptions_arrive_as_the_builtin_that_they_extend(functions, raised, ki
     assert str(found.value).startswith(text)
 
 
-def test_functions_and_iterators_of_this_side_can_be_passed(functions):
+def test_local_functions_and_iterators_can_be_passed(functions):
     program = """
 def apply(f, items): return [f(item) for item in items]
 def change(f):
@@ -292,7 +292,7 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message[:50].decode(errors="replace"))
-def test_what_is_no_message_ends_the_conversation_for_good(message):
+def test_an_invalid_message_ends_the_conversation_for_good(message):
     (questions, asks), (answers, replies) = os.pipe(), os.pipe()
     peer = Peer(Channel(answers, asks), may=lambda *_: True)
     right = json.dumps(["answer", [], [1], []]).encode()

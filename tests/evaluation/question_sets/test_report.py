@@ -85,7 +85,7 @@ def test_examples_can_come_from_another_part_of_the_set(model, asked):
         question_report(model, [whole(question(1))], examples=[train], **settings)
 
 
-def test_the_commonest_answer_of_each_group_stands_beside(model, asked):
+def test_the_commonest_answer_of_each_group_is_shown(model, asked):
     answers = [("P1", "an actor"), ("P1", "Actor"), ("P1", "judge"), ("P2", "Rome")]
     questions = [question(number, *pair) for number, pair in enumerate(answers)]
     kept = []

@@ -118,7 +118,7 @@ def f(data):
     assert run_program(source, "assert f(bytearray([1, 0, 0, 0, 2, 0, 0, 0])) == 10", LIMITS).reason == ""
 
 
-def test_what_cannot_be_had_is_named(monkeypatch):
+def test_unavailable_isolation_is_named(monkeypatch):
     monkeypatch.setattr(sandbox, "_START", cheats.without_namespaces(sandbox._START))
     _, lacks = sandbox._run("", "", LIMITS)
     assert set(lacks) >= {"a process namespace", "a network namespace", "read-only file systems"}

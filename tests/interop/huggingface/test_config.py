@@ -47,7 +47,7 @@ def write(config: ModelConfig) -> dict:
     return write_model_config(config, dtype="float32", longest=64, bos=1, eos=[2])
 
 
-def test_fields_that_are_not_there_mean_what_transformers_takes_them_for():
+def test_missing_fields_have_the_defaults_of_transformers():
     llama, mistral = read(), read_model_config(MISTRAL, "config.json")
     assert (llama.kv_heads, llama.norm_eps, llama.rope_theta, llama.sliding_window) == (4, 1e-6, 1e4, None)
     assert (llama.tie_embeddings, llama.attention_bias, llama.head_width, llama.memory) == (False, False, 4, None)
@@ -128,7 +128,7 @@ def test_rope_is_read_as_every_version_writes_it(fields):
         ({"attention_bias": "yes"}, 'attention_bias="yes" must be true or false'),
     ],
 )
-def test_what_this_decoder_does_not_do_is_refused(fields, message):
+def test_what_this_decoder_does_not_support_is_refused(fields, message):
     with pytest.raises(CheckpointError, match="config") as error:
         read(**fields)
     assert message in str(error.value)
@@ -146,7 +146,7 @@ def test_what_this_decoder_does_not_do_is_refused(fields, message):
         ({"model_type": "smollm3", "no_rope_layers": [0, 0]}, 4),
     ],
 )
-def test_a_window_counts_where_the_layers_have_it(fields, window):
+def test_a_window_counts_if_layers_use_it(fields, window):
     assert read(**(WINDOWED | fields)).sliding_window == window
 
 
@@ -216,7 +216,7 @@ def test_what_is_written_is_read_as_the_same_model(config):
         ),
     ],
 )
-def test_what_has_no_form_there_is_not_written(config, message):
+def test_what_has_no_equivalent_is_not_written(config, message):
     with pytest.raises(CheckpointError, match=message):
         write(config)
 
@@ -252,12 +252,12 @@ def test_a_config_with_memory_is_checked_too(fields, message):
         ({"rope_type": "yarn", "factor": 2.0, "mscale": 0, "beta_fast": None}, {"mscale": None, "beta_fast": 32.0}),
     ],
 )
-def test_settings_of_a_scaling_that_are_not_there_mean_what_transformers_takes_them_for(fields, expected):
+def test_missing_settings_of_a_scaling_have_the_defaults_of_transformers(fields, expected):
     found = read(rope_scaling=fields).rope_scaling
     assert {name: getattr(found, name) for name in expected} == expected
 
 
-def test_near_relatives_have_their_layers():
+def test_related_families_have_their_layers():
     relative = lambda kind, **fields: read(model_type=kind, num_key_value_heads=2, **fields)
     qwen2, qwen3, smollm3, olmo2 = (relative(kind) for kind in ("qwen2", "qwen3", "smollm3", "olmo2"))
     assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.sliding_window) == (True, False, None)

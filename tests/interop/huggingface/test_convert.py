@@ -99,7 +99,7 @@ def test_rounded_tables_give_the_logits_that_they_are_read_with_and_are_describe
     assert [model[section]["table_dtype"] for section in ("memory", "peer")] == [read_as] * 2
 
 
-def test_what_belongs_to_the_model_is_kept_from_where_it_came(memory_run, tmp_path, monkeypatch):
+def test_files_of_the_original_model_are_kept(memory_run, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "_logits", lambda model: np.zeros(1))  # logits do not matter here
     to_hf(memory_run, tmp_path / "like")
     fields = json.loads((tmp_path / "like" / "config.json").read_text())
@@ -128,7 +128,7 @@ def test_what_belongs_to_the_model_is_kept_from_where_it_came(memory_run, tmp_pa
 
 
 @pytest.mark.parametrize("other", [1e-3, np.nan])
-def test_nothing_lies_at_the_target_when_what_was_written_gives_other_logits(other, memory_run, tmp_path, monkeypatch):
+def test_nothing_is_left_at_the_target_if_the_export_gives_other_logits(other, memory_run, tmp_path, monkeypatch):
     answers = iter([np.zeros((1, 2)), np.full((1, 2), other)])
     monkeypatch.setattr(huggingface, "_logits", lambda model: next(answers))
     monkeypatch.setattr(huggingface, "read_model", lambda *_: None)
@@ -137,7 +137,7 @@ def test_nothing_lies_at_the_target_when_what_was_written_gives_other_logits(oth
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_whose_logits_are_not_finite_is_called_so(memory_run, tmp_path, monkeypatch):
+def test_logits_that_are_not_finite_are_named(memory_run, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "_logits", lambda model: np.array([0.0, np.nan]))
     with pytest.raises(CheckpointError, match="its logits are not finite"):
         to_hf(memory_run, tmp_path / "out")
@@ -153,7 +153,7 @@ def test_a_type_that_cannot_hold_the_numbers_is_refused(memory_run, tmp_path, mo
         to_hf(memory_run, tmp_path / "out", dtype="float16")
 
 
-def test_a_folder_that_holds_something_is_left_alone(memory_run, tmp_path):
+def test_a_folder_that_is_not_empty_is_left_alone(memory_run, tmp_path):
     (tmp_path / "kept").write_text("mine")
     for convert in (to_hf, from_hf):
         with pytest.raises(ConfigError, match="already exists and is not empty; name a new folder"):

@@ -88,7 +88,7 @@ def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path):
         read(tmp_path, read_model_config(fields, "config.json"))
 
 
-def test_what_older_checkpoints_hold_besides_is_left_out(tmp_path):
+def test_extra_tensors_of_older_checkpoints_are_ignored(tmp_path):
     tensors = tensors_in(MODELS / "llama3")
     tensors |= {
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
@@ -140,7 +140,7 @@ def test_names_of_a_model_without_its_head_and_buffers_of_any_type_are_understoo
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_a_model_that_was_saved_inside_of_another_module_is_read(prefix, tmp_path):
+def test_a_model_that_was_saved_inside_another_module_is_read(prefix, tmp_path):
     tensors = tensors_in(MODELS / "llama3")
     tensors[HEAD] = tensors["model.embed_tokens.weight"].copy()
     save_file({f"{prefix}{name}": array for name, array in tensors.items()}, tmp_path / "model.safetensors")

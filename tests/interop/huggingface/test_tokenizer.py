@@ -71,7 +71,7 @@ def test_the_folder_says_which_tokens_begin_and_end_a_text(settings, config, byt
     assert tokenizer.encode("the cat") == library.encode("the cat").ids
 
 
-def test_of_two_tokenizers_the_one_that_can_be_read_is_taken(pieces, tmp_path):
+def test_of_two_tokenizers_the_readable_one_is_used(pieces, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "byte_fallback": true}}')
     (tmp_path / "tokenizer.model").write_bytes(pieces)
     opened, tokenizer = read_tokenizer(tmp_path, None, {})
@@ -131,7 +131,7 @@ def test_what_is_written_encodes_as_before_and_is_read_again(kind, byte_level, p
 
 
 @pytest.mark.parametrize("adds", [True, False])
-def test_a_space_in_front_of_texts_is_told_to_transformers_4_too(adds, byte_level, tmp_path):
+def test_a_space_before_texts_is_added_by_transformers_4_too(adds, byte_level, tmp_path):
     """transformers 4 overrides the file's pre-tokenizer by tokenizer_config.json, or else by its own default."""
     before = {**byte_level["pre_tokenizer"], "add_prefix_space": adds}
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level | {"pre_tokenizer": before}))
@@ -141,7 +141,7 @@ def test_a_space_in_front_of_texts_is_told_to_transformers_4_too(adds, byte_leve
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_prefix_space"] is adds
 
 
-def test_a_kind_that_has_no_form_there_is_not_written(tmp_path):
+def test_a_kind_without_an_equivalent_is_not_written(tmp_path):
     ranks = b"".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n".encode() for byte in range(256))
     tokenizer = TiktokenTokenizer.of_file(ranks, pattern="gpt2", special_tokens=("<|endoftext|>",))
     assert not write_tokenizer(tmp_path, tokenizer)
@@ -261,13 +261,13 @@ def test_whether_prompts_begin_with_a_token_is_carried_both_ways(processor, sett
 @pytest.mark.parametrize(
     ("settings", "adds"), [({}, True), ({"add_bos_token": None}, False), ({"add_bos_token": 0}, False)]
 )
-def test_a_sentencepiece_model_alone_is_asked_for_the_flag(settings, adds, tmp_path):
+def test_a_sentencepiece_model_alone_defines_the_flag(settings, adds, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(_model())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert read_tokenizer(tmp_path, None, {})[1].adds_bos is adds
 
 
-def test_flags_that_contradict_the_post_processor_or_are_not_kept_are_told(byte_level, tmp_path, capsys):
+def test_flags_that_contradict_the_post_processor_or_are_dropped_are_reported(byte_level, tmp_path, capsys):
     settings = {"add_bos_token": "false", "add_eos_token": "TRUE"}
     (tmp_path / "tokenizer.json").write_text(json.dumps({**byte_level, "post_processor": _template("<|begin|>", 0)}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -278,7 +278,7 @@ def test_flags_that_contradict_the_post_processor_or_are_not_kept_are_told(byte_
 
 
 @pytest.mark.parametrize("value", ["no", 2, [], {}])
-def test_flags_that_are_none_are_refused(value, byte_level, tmp_path):
+def test_invalid_flags_are_refused(value, byte_level, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": value}))
     with pytest.raises(DataError, match=r"add_bos_token=.* must be true, false or null"):
@@ -301,7 +301,7 @@ def test_exported_tokenizers_begin_texts_as_trainings_do(kind, tmp_path):
     assert read_tokenizer(tmp_path, None, {})[1].adds_bos
 
 
-def test_exported_tokenizers_pad_with_a_token_of_their_own_or_leave_it_to_the_user(byte_level, tmp_path):
+def test_exported_tokenizers_have_their_own_pad_token_or_leave_it_to_the_user(byte_level, tmp_path):
     for name, tokenizer in (
         ("own", ByteTokenizer()),
         ("none", HfTokenizer(byte_level, bos="<|begin|>", eos="<|stop|>")),

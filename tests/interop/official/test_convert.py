@@ -144,7 +144,7 @@ def test_a_layer_gives_the_outputs_and_gradients_of_the_paper(variant):
         ({f"{QUERY}.bias": (9,)}, "query_mlps.0.bias has the shape [9], must have [8]"),
     ],
 )
-def test_layers_that_cannot_be_are_refused(change, message):
+def test_impossible_layers_are_refused(change, message):
     arrays = layer_arrays()
     for name, shape in change.items():
         if shape is None:
@@ -156,7 +156,7 @@ def test_layers_that_cannot_be_are_refused(change, message):
     assert message in str(error.value)
 
 
-def test_numbers_that_are_no_floats_are_refused():
+def test_weights_that_are_not_floats_are_refused():
     arrays = layer_arrays()
     arrays["keys"] = arrays["keys"].astype(np.int32)
     with pytest.raises(CheckpointError, match="keys is of type int32, must be floating-point"):
@@ -241,7 +241,7 @@ def two_memory_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays | copied
 
 
-def test_tables_are_shared_where_they_are_equal_or_there_once(fixture_arrays):
+def test_tables_are_shared_if_they_are_equal_or_stored_once(fixture_arrays):
     both, values = two_memory_layers(fixture_arrays), "layers.2.feed_forward.values.weight"
     once = {name: array for name, array in both.items() if name != values}
     other = both | {values: both[values] + 1}
@@ -264,7 +264,7 @@ def test_tables_are_shared_where_they_are_equal_or_there_once(fixture_arrays):
         ({"layers.3.ffn_norm.weight": (8,)}, "has the layers [0, 1, 3], must have all from 0"),
     ],
 )
-def test_checkpoints_that_cannot_be_are_refused_and_nothing_is_written(tmp_path, fixture_arrays, change, message):
+def test_impossible_checkpoints_are_refused_and_nothing_is_written(tmp_path, fixture_arrays, change, message):
     arrays = {name: np.ascontiguousarray(array) for name, array in fixture_arrays.items() if change.get(name, 1)}
     arrays |= {name: np.zeros(shape, np.float32) for name, shape in change.items() if shape}
     (tmp_path / "there").mkdir()
@@ -295,13 +295,13 @@ def test_checkpoints_that_cannot_be_are_refused_and_nothing_is_written(tmp_path,
         ),
     ],
 )
-def test_settings_that_cannot_be_are_refused(fixture_arrays, settings, message):
+def test_impossible_settings_are_refused(fixture_arrays, settings, message):
     with pytest.raises(CheckpointError) as error:
         load_decoder(fixture_arrays, settings)
     assert message in str(error.value)
 
 
-def test_folders_that_are_none_of_a_checkpoint_are_refused(tmp_path):
+def test_folders_without_a_checkpoint_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"params\.json: is missing"):
         from_official(tmp_path, tmp_path / "run")
     shutil.copy(FIXTURE / "params.json", tmp_path)

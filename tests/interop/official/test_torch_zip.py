@@ -122,14 +122,14 @@ def test_nothing_that_a_pickle_asks_for_is_run(tmp_path, monkeypatch):
         (b"h\x07", "makes no sense"),
     ],
 )
-def test_tensors_that_cannot_be_are_refused(tmp_path, tensor, message):
+def test_impossible_tensors_are_refused(tmp_path, tensor, message):
     with pytest.raises(CheckpointError) as error:
         read_torch_zip(archive(tmp_path / "x.pth", Op.state(a=tensor)))
     assert message in str(error.value)
     assert str(tmp_path / "x.pth") in str(error.value)
 
 
-def test_what_is_no_archive_of_torch_is_refused(tmp_path):
+def test_anything_but_a_torch_archive_is_refused(tmp_path):
     path = tmp_path / "x.pth"
 
     def message() -> str:

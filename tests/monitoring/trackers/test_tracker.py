@@ -114,7 +114,7 @@ def test_a_start_without_a_step_gives_its_run_in_wandb_to_no_other(installed, tm
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", SERVICES)
-def test_whatever_fails_is_told_once_and_the_run_goes_on(installed, tmp_path, name, stage, capsys):
+def test_any_failure_is_reported_once_and_the_run_continues(installed, tmp_path, name, stage, capsys):
     library = installed(name, stage)
     run(config(name), tmp_path, [1, 2, 3])
     assert capsys.readouterr().err == f"log.{name}: ValueError: no {stage} today. The run continues without it.\n"
@@ -147,7 +147,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(tmp_path, monkeyp
     )
 
 
-def test_a_service_that_never_answers_holds_nobody_up(capsys):
+def test_a_service_that_never_answers_delays_nobody(capsys):
     answer = threading.Event()
     tracker = Tracker("log.slow", lambda: answer.wait(60) and None)  # pyright: ignore[reportArgumentType]
     started = time.monotonic()
@@ -199,7 +199,7 @@ def test_tensorboard_shows_every_step_once_after_a_resumption(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", *SERVICES])
-def test_what_is_no_number_in_a_step_is_left_out_without_a_word(installed, tmp_path, name, caplog):
+def test_values_that_are_not_numbers_are_silently_left_out(installed, tmp_path, name, caplog):
     library = None if name == "tensorboard" else installed(name)
     started = make_trackers(RunConfig() if library is None else config(name), tmp_path, last_step=0)
     for tracker in started:
@@ -210,7 +210,7 @@ def test_what_is_no_number_in_a_step_is_left_out_without_a_word(installed, tmp_p
     assert not caplog.records
 
 
-def test_a_disk_that_fills_up_costs_a_line(tmp_path, capsys):
+def test_a_full_disk_costs_one_line(tmp_path, capsys):
     started = time.monotonic()
     with files_of_at_most(4096):
         run(RunConfig(), tmp_path, range(1, 1000))

@@ -112,7 +112,7 @@ def test_an_applied_patch_is_part_of_the_model_until_it_is_taken_back(runs, caps
         edit.revert(base, identity)
 
 
-def test_a_patch_under_a_later_one_stays(runs, tmp_path):
+def test_a_patch_below_a_later_one_cannot_be_reverted(runs, tmp_path):
     base, patches, _ = runs
     edit.apply(base, patches["a"])
     try:
@@ -144,7 +144,7 @@ def test_another_base_is_refused_in_a_line(runs, tmp_path, capsys):
     assert not (pathlib.Path(other) / "patches" / "applied.json").exists()
 
 
-def test_runs_that_differ_in_more_than_rows_have_no_patch(runs, tmp_path):
+def test_runs_that_differ_in_more_than_rows_give_no_patch(runs, tmp_path):
     base, *_ = runs
     with pytest.raises(CheckpointError, match="a patch holds rows of tables only"):
         edit.diff(base, save(tmp_path / "dense", dense=1))

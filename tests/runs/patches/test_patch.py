@@ -66,7 +66,7 @@ def test_the_difference_of_tables_is_the_patch_between_them():
     assert between(tables(), tables(), base="base", notes={}).tables == {}
 
 
-def test_rows_that_are_not_finite_are_no_patch():
+def test_rows_that_are_not_finite_are_refused():
     new = tables() | {"shared": tables()["shared"].at[3, 2].set(jnp.nan)}
     with pytest.raises(CheckpointError, match="not finite"):
         between(tables(), new, base="base", notes={})

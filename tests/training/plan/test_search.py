@@ -57,7 +57,7 @@ def test_a_small_batch_grows_to_a_sequence_a_device_and_says_so():
     assert "the batch is larger; the same number of tokens takes --train.steps 375" in describe_fit(config, found, 1, 8)
 
 
-def test_a_mesh_that_was_asked_for_is_kept_or_refused():
+def test_a_requested_mesh_is_kept_or_refused():
     asked = lambda *words: load(RunConfig, None, [*SETTINGS, "--model.memory.value_dim", "512", *words])
     found = search(asked("--mesh.data", "4"), device_bytes=4 * NEEDED, devices=8)
     assert found is not None
@@ -76,7 +76,7 @@ def test_a_table_that_is_too_large_for_a_device_is_shared():
     assert found.config.mesh.data == 1
 
 
-def test_where_nothing_fits_that_is_said():
+def test_it_is_reported_if_nothing_fits():
     assert search(CONFIG, device_bytes=1_000_000, devices=2) is None
     assert describe_fit(CONFIG, None, 1_000_000, 2).startswith("nothing fits on 2 x 1.00 MB")
     assert train.main(["--dry_run", "--device_gb", "0.001"]) == 7
@@ -102,7 +102,7 @@ def test_the_command_prints_the_settings_and_the_time(capsys):
         (["--device_gb", "80", "--devices", "0"], "devices=0 must be a whole number"),
     ],
 )
-def test_numbers_that_are_none_are_refused(words, problem, capsys):
+def test_invalid_numbers_are_refused(words, problem, capsys):
     assert train.main(["--dry_run", *words]) == 2
     assert problem in capsys.readouterr().err
 
@@ -112,7 +112,7 @@ def test_planning_needs_a_dry_run(capsys):
     assert "device_gb=80 is for planning; add --dry_run" in capsys.readouterr().err
 
 
-def test_the_state_is_described_once_for_all_plans(monkeypatch):
+def test_the_state_is_computed_once_for_all_plans(monkeypatch):
     described, begin = [], TrainProgram.begin
     monkeypatch.setattr(TrainProgram, "begin", lambda *arguments: described.append(1) or begin(*arguments))
     assert search(CONFIG, device_bytes=NEEDED, devices=1) is not None
