@@ -1,5 +1,5 @@
 """The drawings of the pages: a block with its table, a memory layer, from an example that is really computed, and the
-floors of the packages.
+levels of the packages.
 
 `python docs/figure.py > picture.svg` writes the memory layer. Lines and letters take the colour of the page's text, so
 that pictures can be read in light and in dark mode; the three colours for the two halves and the rows that are read
@@ -17,7 +17,7 @@ TOP_K = 3
 CELL = 20
 """Width of a slot in the grid."""
 GRID_X, GRID_Y = 76, 196
-FLOORS: tuple[dict[str, str], ...] = (
+LEVELS: tuple[dict[str, str], ...] = (
     {"commands": "train, evaluate, serve, learn, ...: the only modules at the top"},
     {"knowledge": "what slots hold, sparse finetuning, the page of inspect"},
     {"training": "the loop, the step, optimizers, hooks, the planner"},
@@ -44,7 +44,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"io": "atomic files, locks, paths, the console"},
     {"errors": "ConfigError, DataError, CheckpointError"},
 )
-"""The packages from the highest to the lowest, with what is in them; those of one floor do not import each other."""
+"""The packages from the highest to the lowest, with what is in them; those of one level do not import each other."""
 TABLE_X, TABLE_Y, TABLE_WIDTH, ROW = 372, 62, 190, 13
 
 
@@ -103,13 +103,13 @@ def block() -> str:
     return picture(title, 440, 306, parts, size="narrow")
 
 
-def floors() -> str:
+def levels() -> str:
     """The packages one above the other as an SVG element."""
     row, gap, top, parts = 24, 8, 0, []
-    for floor in FLOORS:
-        height = row * len(floor) + 6
+    for level in LEVELS:
+        height = row * len(level) + 6
         parts.append(rect(0, top, 640, height, "currentColor", 0.07))
-        for number, (name, words) in enumerate(floor.items()):
+        for number, (name, words) in enumerate(level.items()):
             y = top + 3 + row * number
             parts += [box(6, y + 2, 112, row - 4, name, READ), text(132, y + 16, words)]
         top += height + gap

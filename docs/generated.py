@@ -54,7 +54,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 PICTURES: dict[str, Callable[[], str]] = {
     "block": figure.block,
     "memory_layer": figure.memory_layer,
-    "floors": figure.floors,
+    "levels": figure.levels,
     "facts_curve": results.facts_curve,
     "facts_bars": results.facts_bars,
     "real_facts_bars": results.real_facts_bars,

@@ -188,14 +188,14 @@ def test_the_letters_of_the_picture_take_the_colour_of_the_page(figure):
     assert all("fill" not in element.attrib for element in letters)
 
 
-def test_the_picture_of_the_packages_shows_the_floors_that_are_tested(figure):
-    spec = importlib.util.spec_from_file_location("floors", ROOT / "tests" / "test_floors.py")
+def test_the_picture_of_the_packages_shows_the_levels_that_are_tested(figure):
+    spec = importlib.util.spec_from_file_location("levels", ROOT / "tests" / "test_package_levels.py")
     assert spec is not None
     assert spec.loader is not None
     tested = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tested)
-    assert figure.FLOORS[0].keys() == {"commands"}
-    assert tuple(frozenset(floor) for floor in reversed(figure.FLOORS[1:])) == tested.FLOORS
-    (svg,) = xml.etree.ElementTree.fromstring(figure.floors())
+    assert figure.LEVELS[0].keys() == {"commands"}
+    assert tuple(frozenset(level) for level in reversed(figure.LEVELS[1:])) == tested.LEVELS
+    (svg,) = xml.etree.ElementTree.fromstring(figure.levels())
     letters = "".join(svg.itertext())
-    assert all(name in letters and words in letters for floor in figure.FLOORS for name, words in floor.items())
+    assert all(name in letters and words in letters for level in figure.LEVELS for name, words in level.items())

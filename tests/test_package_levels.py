@@ -1,4 +1,4 @@
-"""The packages are layered: each imports only from lower ones, and there are no import cycles."""
+"""Each package imports only from lower levels, and there are no import cycles."""
 
 import ast
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "memjax"
 
-FLOORS: tuple[frozenset[str], ...] = tuple(
+LEVELS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
@@ -27,7 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         ),
     )
 )
-"""Packages (and `errors`), the lowest layer first; packages of one layer do not import each other."""
+"""Packages (and `errors`), the lowest level first; packages of one level do not import each other."""
 WITHOUT_JAX = ("errors", "io", "config")
 """These do not import JAX, since invalid settings are refused before it is imported."""
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tokenizers"}
@@ -67,17 +67,17 @@ def package_of(module: str) -> str:
     return module.partition(".")[0]
 
 
-def floor_of(module: str) -> int:
-    """The index of a module's layer; commands are above all others."""
-    return next((number for number, floor in enumerate(FLOORS) if package_of(module) in floor), len(FLOORS))
+def level_of(module: str) -> int:
+    """The level of a module; commands are above all others."""
+    return next((number for number, level in enumerate(LEVELS) if package_of(module) in level), len(LEVELS))
 
 
 def is_allowed(importer: str, other: str) -> bool:
-    return package_of(importer) == package_of(other) or floor_of(other) < floor_of(importer)
+    return package_of(importer) == package_of(other) or level_of(other) < level_of(importer)
 
 
 @pytest.mark.parametrize("package", sorted({package_of(name) for name in MODULES}))
-def test_a_package_imports_only_from_lower_layers(package):
+def test_a_package_imports_only_from_lower_levels(package):
     upward = [
         f"{importer} imports {other}"
         for importer in MODULES
@@ -99,9 +99,9 @@ def test_there_are_no_import_cycles():
     assert graph == {}
 
 
-def test_every_package_has_a_layer():
+def test_every_package_has_a_level():
     packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    assert packages <= frozenset().union(*FLOORS)
+    assert packages <= frozenset().union(*LEVELS)
 
 
 def test_the_top_level_holds_only_commands():
