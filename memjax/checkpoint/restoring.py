@@ -24,6 +24,7 @@ from memjax.checkpoint.processes import any_process
 from memjax.checkpoint.stored_arrays import read_arrays, read_parts
 from memjax.errors import CheckpointError, shown
 from memjax.io.files import check_regular
+from memjax.io.paths import literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,8 +95,9 @@ class StoredStep:
             raise CheckpointError(f"{self._name} has no {item}/{name}")
         of = lambda rows: jax.ShapeDtypeStruct((rows, *record["shape"][1:]), jnp.dtype(record["dtype"]))
         places = blocks(name, record)
-        digest, parts = RowsDigest(), read_parts(self._path / item, {piece: of(n) for piece, (_, n) in places.items()})
-        with self._reading([item]):
+        digest, wanted = RowsDigest(), {piece: of(rows) for piece, (_, rows) in places.items()}
+        with self._reading([item]), literal(self._path / item) as folder:
+            parts = read_parts(folder, wanted)
             for (start, _), part in zip(places.values(), parts, strict=True):
                 if verify:
                     digest.add(part.values, start)
@@ -127,8 +129,8 @@ class StoredStep:
     ) -> dict[str, jax.Array]:
         places = {name: blocks(name, records[name]) for name in targets}
         pieces = [block_targets(target, places[name]) for name, target in targets.items()]
-        with self._reading([item]):
-            found = read_arrays(self._path / item, dict(itertools.chain(*(each.items() for each in pieces))))
+        with self._reading([item]), literal(self._path / item) as folder:
+            found = read_arrays(folder, dict(itertools.chain(*(each.items() for each in pieces))))
             return {name: join_blocks(target, places[name], found) for name, target in targets.items()}
 
     def _verify(

@@ -19,7 +19,8 @@ class Steps:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = pathlib.Path(folder).absolute()
+        # Without `..`, which TensorStore refuses and Orbax takes out as if no folder before it were a link.
+        self.folder = pathlib.Path(os.path.realpath(folder))
         self._notes: dict[int, Note] = {}
 
     def steps(self) -> list[int]:

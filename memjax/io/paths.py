@@ -29,10 +29,11 @@ def local_path(text: str, name: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def literal(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a path to the folder that Orbax takes literally: a link, if its own path contains `[` or a backslash.
+    """Yields a path to the folder that Orbax and TensorStore take literally: a link, if its own path contains `[` or a
+    backslash.
 
-    Orbax finds files with a glob that contains the path, and treats a backslash as a slash. Without the link it would
-    silently save unreadable checkpoints.
+    Orbax finds files with a glob that contains the path, and both treat a backslash as a slash. Without the link Orbax
+    would silently save unreadable checkpoints.
     """
     whole = os.path.abspath(folder)
     if "[" not in whole and "\\" not in whole:

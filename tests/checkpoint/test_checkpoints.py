@@ -182,8 +182,20 @@ def test_folders_whose_names_are_patterns_hold_steps_like_others(name, tmp_path)
         checkpoints.save(2, small(2), {})
     assert (folder / "2").is_dir()
     assert checkpoints.steps() == [2]
+    assert_same_bits(checkpoints.restore(small_target()).arrays, small(2))
     moved = folder.rename(tmp_path / "moved [2]")
     assert_same_bits(Checkpoints(moved).restore(small_target()).arrays, small(2))
+
+
+def test_a_folder_may_be_named_by_way_of_its_parent_or_a_link(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "elsewhere" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "below")
+    for folder, real in ("other/../run", "run"), ("link/../run", "elsewhere/run"), ("link", "elsewhere/below"):
+        with Checkpoints(tmp_path / folder) as checkpoints:
+            checkpoints.save(1, small(1), {})
+        assert (tmp_path / real / "1").is_dir()
+        assert_same_bits(checkpoints.restore(small_target()).arrays, small(1))
 
 
 def test_arrays_may_be_donated_right_after_save(tmp_path):
