@@ -63,7 +63,7 @@ def test_a_large_table_is_trained_restored_on_another_mesh_and_read_from_host_me
     assert evaluate["bits per byte"] == pytest.approx(evaluate["bits per byte, host"], rel=1e-3)
     again, done = bench("large_tables", *words, devices=2)
     assert again == rows
-    assert "memjax.train" not in done.stderr, "what succeeded is not done again"
+    assert "memjax.train" not in done.stderr, "finished work is not repeated"
 
 
 @pytest.mark.slow

@@ -340,7 +340,7 @@ def test_a_clock_that_is_set_forward_does_not_end_a_save(tmp_path, monkeypatch):
         checkpoints.save(1, small(1), {})
         checkpoints.wait()
         assert checkpoints.steps() == [1]
-    assert 24 * 3600 > 200 * next(asked) > 3600, "it is not set forward by hours"
+    assert 24 * 3600 > 200 * next(asked) > 3600, "the timeout is within a day and above an hour"
 
 
 def test_a_save_that_fails_in_the_background_is_reported(tmp_path, monkeypatch):
@@ -360,7 +360,7 @@ def test_a_save_that_fails_in_the_background_is_reported(tmp_path, monkeypatch):
         time.sleep(0.01)
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoints.check()
-    assert os.listdir(tmp_path) == ["1"], "what was not written whole takes no room"
+    assert os.listdir(tmp_path) == ["1"], "partial writes are removed"
     checkpoints.save(2, small(2), {})
     checkpoints.close()
     assert checkpoints.restore(small_target()).step == 2

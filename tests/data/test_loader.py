@@ -390,4 +390,4 @@ def test_closing_stops_a_thread_in_the_middle_of_a_batch(tmp_path):
     assert begun.wait(60)
     data.close()
     assert len(encoded) == 1, "the batch needs many more"
-    assert waited == [True], "it was told to stop, and not left to itself"
+    assert waited == [True], "it was told to stop and did not just run out"

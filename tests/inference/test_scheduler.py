@@ -113,7 +113,7 @@ def test_a_single_prompt_waits_only_for_a_moment():
         time.sleep(0.001)
     assert scheduler.stop(30.0)
     assert any(one is late for one, _ in updates)
-    assert len(engine.tokens_left()) == 10, "nobody had ended"
+    assert len(engine.tokens_left()) == 10, "no request had ended"
 
 
 def test_running_texts_go_on_between_prompts_that_are_only_scored(monkeypatch):

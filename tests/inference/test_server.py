@@ -129,7 +129,7 @@ class Running:
     def wait_until(self, condition: Callable[[], bool]) -> None:
         due = time.monotonic() + 30
         while not condition():
-            assert time.monotonic() < due, "it did not come about"
+            assert time.monotonic() < due, "the condition was not met in time"
             time.sleep(0.01)
 
     def is_idle(self) -> bool:

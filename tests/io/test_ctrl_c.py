@@ -185,7 +185,7 @@ def test_what_libraries_print_goes_into_no_file_where_there_is_no_output(tmp_pat
     done = subprocess.run(
         ["sh", "-c", command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=False
     )
-    assert done.returncode > 2, "the file has the number of an output"
+    assert done.returncode > 2, "a file has taken the descriptor of an output"
     assert (tmp_path / "opened").read_bytes() == b""
 
 

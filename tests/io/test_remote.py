@@ -132,7 +132,7 @@ def test_a_folder_becomes_its_copy_and_a_step_is_complete_last(bucket, tmp_path,
     assert contents(remote.fetch_run(bucket, 2)) == always | step(2)
     assert contents(remote.fetch_run(bucket, "best")) == always | step(2) | step(3)
     file_system().rm(f"{bucket}/checkpoints/3/_CHECKPOINT_METADATA")
-    assert contents(remote.fetch_run(bucket)) == always | step(2), "half of a step is none"
+    assert contents(remote.fetch_run(bucket)) == always | step(2), "an incomplete step does not count"
 
 
 def make_run(folder: pathlib.Path, step: int, *, saved: str = "m", params: str = "p") -> pathlib.Path:

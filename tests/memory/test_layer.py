@@ -275,5 +275,5 @@ def test_foreign_optimizer_loop_trains_the_table():
         read[np.asarray(indices)] = True
     assert losses[-1] < 0.2 * losses[0]
     changed = np.any(np.asarray(model.table.rows[...]) != before, axis=1)
-    assert not read.all(), "the test needs rows that nobody read"
+    assert not read.all(), "the test needs rows that were never read"
     np.testing.assert_array_equal(changed, read)

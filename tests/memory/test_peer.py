@@ -211,6 +211,6 @@ def test_foreign_optimizer_loop_trains_both_tables_where_they_were_read():
         losses.append(float(loss))
         read[np.asarray(indices)] = True
     assert losses[-1] < 0.2 * losses[0]
-    assert not read.all(), "the test needs experts that nobody asked"
+    assert not read.all(), "the test needs experts that no token chose"
     for name, rows in (("inputs", before.inputs), ("outputs", before.outputs)):
         np.testing.assert_array_equal(np.any(getattr(parameters(model), name) != rows, axis=1), read, err_msg=name)

@@ -99,7 +99,7 @@ def test_outputs_are_those_of_a_loop_over_tokens(case):
     chosen = np.argsort(-logits, axis=-1)[:, : way.get("top_k", 1)]
     np.testing.assert_array_equal(routing.picks, chosen)
     if "routing" in way:
-        assert not out[~REAL].any(), "padding is taken by no expert"
+        assert not out[~REAL].any(), "no expert processes padding"
 
 
 def test_gradients_are_those_of_finite_differences(case):

@@ -143,7 +143,7 @@ def test_on_a_terminal_a_bar_stands_below_what_is_printed_and_leaves_nothing(mon
     progress.show(row(1, 3.0))
     say("in between")
     first, between, bar = shown(terminal.getvalue())
-    assert first.startswith("step 1/4   25%  loss 2.5000"), "no time stamp, since somebody looks"
+    assert first.startswith("step 1/4   25%  loss 2.5000"), "no time stamp on a terminal"
     assert between == "in between"
     assert re.fullmatch(r"\[#{5} {15}\]  25%  step 1/4  loss 2.5000  left 0:09, until \d\d:\d\d", bar)
     monkeypatch.setattr(progress_module, "BAR_SECONDS", 0.0)

@@ -187,7 +187,7 @@ def test_a_second_owner_is_refused_until_the_first_has_ended(tmp_path):
         with refused, folder.owned():
             pass
         assert folder.path.exists()
-    assert not (tmp_path / "runs").exists(), "what stayed empty goes"
+    assert not (tmp_path / "runs").exists(), "folders that stayed empty are removed"
     with folder.owned():
         folder.write_json("kept.json", {})
     assert [path.name for path in folder.path.iterdir()] == ["kept.json"]
@@ -248,7 +248,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_and_another_is_made_fo
     assert 259 < first.vocab_size <= 300
     first.save(tmp_path)
     assert tokenizer(300, bpe).fingerprint == first.fingerprint
-    assert tokenizer(280, bpe).vocab_size == 280, "no checkpoint needs the one that lies there"
+    assert tokenizer(280, bpe).vocab_size == 280, "no checkpoint needs the existing tokenizer"
     ranks = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
     (tmp_path / "ranks").write_text(ranks)
     special = "--data.tokenizer.special_tokens a,b,c,d"

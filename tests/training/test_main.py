@@ -275,7 +275,9 @@ def test_a_run_whose_newest_checkpoint_has_no_tables_goes_on_from_the_newest_tha
         patch.setattr(trainer, "TrainingData", data_with(raises(jax.errors.JaxRuntimeError("INTERNAL: gone")), 6))
         with pytest.raises(jax.errors.JaxRuntimeError):
             run("light", *small, *often)
-    assert re.search(r"\d\.\d s   drawing parameters and tables\n", capsys.readouterr().out), "what takes its time"
+    assert re.search(r"\d\.\d s   drawing parameters and tables\n", capsys.readouterr().out), (
+        "the slow phases are reported"
+    )
     folder = tmp_path / "light"
     saved = Checkpoints(folder / "checkpoints")
     assert (saved.steps(), saved.complete()) == ([3, 5], [3])
@@ -378,4 +380,4 @@ def test_a_run_that_meets_a_nan_keeps_its_last_good_state_and_can_be_mended(tiny
     code, printed = run("damaged")
     assert code == 4
     assert "none of the steps" in printed
-    assert steps_in(tmp_path / "damaged") == list(range(1, BAD_STEP)), "what happened stays on record"
+    assert steps_in(tmp_path / "damaged") == list(range(1, BAD_STEP)), "the metrics are kept"

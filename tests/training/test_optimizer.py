@@ -138,7 +138,7 @@ def test_frozen_parameters_neither_move_nor_have_a_state(first_updates, tiny):
     program = TrainProgram.of(tiny.config("--optim.freeze_dense true"))
     trained = sum(array.size for path, array in free.items() if "/memory/" in path)
     kept = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.opt_state) if leaf.ndim)
-    assert kept == 2 * trained, "two moments of what is trained, and none of the rest"
+    assert kept == 2 * trained, "two moments for what is trained, none for the rest"
 
 
 def test_peer_layers_are_not_frozen_with_the_dense_part(tiny):

@@ -82,7 +82,7 @@ def test_a_nan_in_one_perturbation_leaves_everything_as_it_was(tiny, monkeypatch
         assert not metrics["healthy"]
         assert_same_bits(state, good)
         state, metrics = step(state, batches[3])
-        assert not metrics["healthy"], "a later step must not go on from a bad one"
+        assert not metrics["healthy"], "a later step must not continue from a bad one"
         assert_same_bits(state, good)
         assert state.step == 2
 

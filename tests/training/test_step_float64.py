@@ -170,7 +170,7 @@ def test_every_mesh_draws_the_same_model_and_gives_the_same_losses(tiny):
         places = {leaf.sharding for leaf in jax.tree.leaves(runs[mesh_shape].live.params) if leaf.ndim >= 2}
         assert mesh_shape == (1, 1) or not any(place.is_fully_replicated for place in places)
     alone = runs.pop((1, 1))
-    assert alone.losses[-1] < alone.losses[0] - 0.1, "what does not learn proves little"
+    assert alone.losses[-1] < alone.losses[0] - 0.1, "a model that does not learn proves little"
     for mesh_shape, run in runs.items():
         drawn = zip(jax.tree.leaves(alone.before), jax.tree.leaves(run.before), strict=True)
         assert all(this.tobytes() == other.tobytes() for this, other in drawn), f"{mesh_shape} draws another model"

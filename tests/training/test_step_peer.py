@@ -62,7 +62,7 @@ def assert_same_movement(this, other, tolerance):
 
 def test_row_updates_of_micro_batches_are_plain_sgd_on_the_whole_batch(trained):
     rows, plain = trained("sgd --train.grad_accum_steps 2"), trained("dense_sgd")
-    assert rows.losses[-1] < rows.losses[0] - 0.1, "what does not learn proves little"
+    assert rows.losses[-1] < rows.losses[0] - 0.1, "a model that does not learn proves little"
     np.testing.assert_allclose(rows.losses, plain.losses, rtol=1e-11)
     assert set(rows.after.tables) == {"shared", *EXPERTS}
     assert_same_movement(rows, plain, 1e-10)

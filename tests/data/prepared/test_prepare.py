@@ -241,7 +241,7 @@ def test_a_disk_that_takes_nothing_is_an_error_that_says_so(tmp_path, lines, mon
     before = sorted(tmp_path.iterdir())
     with pytest.raises(DataError, match=r"p: cannot be written \(.*No space left.*\); make room"):
         prepare(corpus(lines), BYTES, tmp_path / "deep" / "p")
-    assert sorted(tmp_path.iterdir()) == before, "what it has written stays, and the disk full"
+    assert sorted(tmp_path.iterdir()) == before, "partial output was left on the full disk"
 
 
 def test_a_second_process_waits_for_the_first(tmp_path, lines, monkeypatch, capsys):

@@ -175,7 +175,7 @@ def test_programs_end_with_the_evaluation(tmp_path):
         process.kill()
     started = time.monotonic()
     assert soon(lambda: str(tmp_path) not in commands())
-    assert time.monotonic() - started < Limits().seconds / 2, "they ended at their limit"
+    assert time.monotonic() - started < Limits().seconds / 2, "the programs only ended at their time limit"
 
 
 def soon(condition) -> bool:
