@@ -1,15 +1,15 @@
-"""Parse JSON request bodies field by field, and report all problems at once."""
+"""Parse JSON request bodies field by field and report all problems at once."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 _MOST_SHOWN = 8
-"""Problems of one body that are listed."""
+"""Maximum number of problems listed per body."""
 
 
 class RefusedError(Exception):
-    """A request that is not served: an HTTP status and the error object of OpenAI's interface."""
+    """A refused request: an HTTP status and an error object in OpenAI's format."""
 
     def __init__(
         self,
@@ -28,10 +28,10 @@ class RefusedError(Exception):
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object of a body.
+    """The JSON object in a body.
 
     Raises:
-        RefusedError: the body is no JSON object in UTF-8, names a field twice, or holds NaN or infinity.
+        RefusedError: the body is not a JSON object in UTF-8, names a field twice, or holds NaN or infinity.
     """
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=unique_names)
@@ -49,21 +49,21 @@ _EXAMPLE = '{"prompt": "Once", "max_tokens": 16}'
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of some pairs; a ValueError where a name is there twice."""
+    """A dict of the pairs, for `json.loads`; raises a ValueError if a name appears twice."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{shown(name)} is there twice")
+            raise ValueError(f"{shown(name)} appears twice")
         found[name] = value
     return found
 
 
 class Fields:
-    """Reads the fields of a body and collects what is wrong with them."""
+    """Reads the fields of a body and collects all problems."""
 
     def __init__(self, body: Mapping[str, Any], known: Mapping[str, Any]):
         self.problems: list[tuple[str, str]] = []
@@ -71,29 +71,29 @@ class Fields:
         for name in body:
             if name not in known:
                 self.refuse(
-                    _short(name), f"{shown(name)} is no field of this request; known: {', '.join(sorted(known))}"
+                    _short(name), f"{shown(name)} is not a field of this request; known: {', '.join(sorted(known))}"
                 )
 
     def refuse(self, name: str, message: str) -> None:
-        """Notes a problem of a field."""
+        """Records a problem with a field."""
         self.problems.append((name, message))
 
     def value(self, name: str) -> Any:
-        """The value of a field, whatever it is."""
+        """The value of a field, unchecked."""
         return self._values[name]
 
     def wrong(self, name: str, rule: str) -> None:
-        """Notes that a field breaks its rule."""
+        """Records that a field breaks a rule."""
         self.refuse(name, f"{name}={shown(self._values[name])} must be {rule}")
 
     def flag(self, name: str) -> bool:
-        """True or false; false where it is neither."""
+        """The boolean; False if the value is invalid."""
         if not isinstance(self._values[name], bool):
             self.wrong(name, "true or false")
         return self._values[name] is True
 
     def integer(self, name: str, low: int, high: int | None, rule: str) -> Any:
-        """The whole number, or None where there is none or a wrong one."""
+        """The whole number; None if it is absent or invalid."""
         value = self._values[name]
         if value is None:
             return None
@@ -103,17 +103,17 @@ class Fields:
         return value
 
     def number(self, name: str, low: float, high: float, rule: str, *, above: bool = False) -> float:
-        """The number; the highest allowed where it is a wrong one."""
+        """The number; `high` if the value is invalid."""
         value = self._values[name]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Integers may be too large for a float.
+        # Compared before conversion: an integer may be too large for a float.
         if not is_number or not (low < value if above else low <= value) or not value <= high:
             self.wrong(name, rule)
             return high
         return float(value)
 
     def text(self, name: str) -> str | None:
-        """The string, or None where there is none or a wrong value."""
+        """The string; None if it is absent or invalid."""
         value = self._values[name]
         if value is not None and not isinstance(value, str):
             self.wrong(name, "a string")
@@ -135,7 +135,7 @@ def _kind(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a request as JSON, cut to a line; control characters are escaped."""
+    """A value of a request as short JSON on one line, with control characters escaped."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return "a number of more than 70 digits"
     if isinstance(value, list | dict) and len(value) > 8:

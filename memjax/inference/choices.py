@@ -1,4 +1,4 @@
-"""Choices of a completion request: engine requests in, pieces of the response out."""
+"""Turn completion requests into engine requests, and the engine's tokens into pieces of the response."""
 
 import dataclasses
 import math
@@ -19,10 +19,10 @@ _DEFAULT_TOKENS = 16
 
 
 def prompt_ids(tokenizer: Tokenizer, request: CompletionRequest) -> list[tuple[list[int], int]]:
-    """The ids of each prompt as the model reads them, and how many of the first are the server's own begin token.
+    """The token ids of each prompt, and how many begin tokens the server has added to them.
 
     Raises:
-        RefusedError: a prompt is empty and may not be given a begin token.
+        RefusedError: a prompt is empty, and add_special_tokens is false.
     """
     found = []
     for prompt in request.prompts:
@@ -38,7 +38,7 @@ def prompt_ids(tokenizer: Tokenizer, request: CompletionRequest) -> list[tuple[l
 def make_choices(
     tokenizer: Tokenizer, request: CompletionRequest, prompts: Sequence[tuple[list[int], int]], *, max_length: int
 ) -> list["Choice"]:
-    """The texts that a request asks for, in the order of their indices.
+    """The choices that a request asks for, in the order of their indices.
 
     Raises:
         RefusedError: a prompt leaves no room for max_tokens.
@@ -59,7 +59,7 @@ def make_choices(
                 param="prompt" if room < 1 else "max_tokens",
                 code="context_length_exceeded",
             )
-        # Without a seed no two texts are drawn alike; with one, each is what its prompt gets alone.
+        # Without a seed, each prompt gets a random one; with one, each prompt gets the result it would get alone.
         seed = request.seed if request.seed is not None else secrets.randbits(32)
         sampling = SamplingConfig(
             temperature=request.temperature,
@@ -87,7 +87,7 @@ def make_choices(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Piece:
-    """The next part of a choice: what an event of a stream carries, or all of it."""
+    """The next part of a choice, for one event of a stream; or all of it."""
 
     text: str
     logprobs: dict[str, list[Any]] | None
@@ -97,8 +97,7 @@ class Piece:
 class Choice:
     """One choice of a completion: decodes its tokens, applies stop strings, reports log-probabilities.
 
-    The tokens' log-probabilities come with the text that they belong to: those of a text that a stop string cuts off
-    never come.
+    Log-probabilities are passed on with the text of their tokens; those of text cut off by a stop string never are.
     """
 
     def __init__(
@@ -113,9 +112,9 @@ class Choice:
     ):
         self.ticket, self.index = ticket, index
         self.num_tokens = 0
-        """Tokens written, those of a stop string included."""
+        """Tokens generated, those of a stop string included."""
         self.num_reused = 0
-        """Tokens of the prompt that were not read again."""
+        """Prompt tokens that were reused from the cache."""
         self.is_done = False
         self._tokenizer, self._num_top, self._echo = tokenizer, request.logprobs, request.echo
         self._num_added, self._prompt = num_added, prompt
@@ -123,13 +122,13 @@ class Choice:
         self._decoder = StreamingDecoder(tokenizer, after=ticket.request.prompt_ids)
         self._stops = StopStrings(request.stop)
         self._decoded, self._given = 0, 0
-        """Letters of the text that tokens have made, and those that were passed on."""
+        """Characters decoded so far, and characters passed on so far."""
         self._held: list[tuple[int, int, TokenLogprobs | None]] = []
-        """Where each token begins in the text, the token, and its log-probabilities; of those not yet passed on."""
+        """Tokens not yet passed on: offset in the text, token, log-probabilities."""
         self._begun = False
 
     def add(self, update: Update) -> Piece:
-        """The part that an update brings; it may be empty."""
+        """The next piece of the choice after an update; it may be empty."""
         text = ""
         if not self._begun and (self._echo and (update.prompt is not None or self._num_top is None)):
             text += self._begin(update.prompt)
@@ -144,7 +143,7 @@ class Choice:
             self._decoded += len(piece)
             text += self._stops.push(piece)
         if update.made.stop is not None and self._stops.found is None:
-            # No part of the text, but a token that was made: clients count on one entry for each.
+            # A stop token is not part of the text, but clients rely on one entry per generated token.
             self._held.append((self._decoded, *update.made.stop))
         finish = "stop" if self._stops.found is not None else update.made.finish
         if finish is not None and not self.is_done:
@@ -156,7 +155,7 @@ class Choice:
         return Piece(text, self._logprobs(), finish)
 
     def _begin(self, scores: list[TokenLogprobs] | None) -> str:
-        """The text of the prompt, for `echo`."""
+        """The text of the prompt, for `echo`; also records its tokens and their log-probabilities."""
         self._begun = True
         ids = self.ticket.request.prompt_ids
         decoder = StreamingDecoder(self._tokenizer, after=ids[: self._num_added])
@@ -168,16 +167,16 @@ class Choice:
             if not isinstance(self._prompt, str):
                 text += piece
             if scores is not None:
-                # The first token of all follows nothing.
+                # Nothing precedes the very first token, so it has no log-probability.
                 self._held.append((start, ids[place], scores[place - 1] if place else None))
         if not isinstance(self._prompt, str):
             text += decoder.finish()
-        # A tokenizer may lose letters of a text.
+        # Decoding a prompt's tokens may not give back all its characters.
         self._decoded = len(text)
         return text
 
     def _logprobs(self) -> dict[str, list[Any]] | None:
-        """The log-probabilities of tokens whose text was passed on."""
+        """Log-probabilities of the tokens whose text is passed on now."""
         if self._num_top is None:
             self._held = []
             return None
@@ -194,7 +193,7 @@ class Choice:
         return found
 
     def _top(self, token: int, likely: TokenLogprobs) -> dict[str, float]:
-        """The likeliest tokens by their text, and the token itself."""
+        """Log-probabilities of the likeliest tokens and of the token itself, by text."""
         found: dict[str, float] = {}
         for other, value in likely.top.items():
             found.setdefault(self._shown(other), _finite(value))
@@ -202,7 +201,7 @@ class Choice:
         return found
 
     def _shown(self, token: int) -> str:
-        """A token's text; its bytes where they are no whole characters."""
+        """A token's text, or its bytes if they are not complete characters."""
         if token in self._names:
             return self._names[token]
         piece = self._tokenizer.token_bytes(token)
@@ -215,5 +214,5 @@ class Choice:
 
 
 def _finite(value: float) -> float:
-    """A number that JSON can carry: log-probabilities of impossible tokens are minus infinity."""
+    """The value, or a large negative number: JSON has no infinity, the log-probability of impossible tokens."""
     return value if math.isfinite(value) else -9999.0

@@ -33,7 +33,7 @@ _FIELDS = {
     "top_p": 1.0,
     "user": None,
 }
-"""Fields of a request with their defaults, which null means too."""
+"""Fields of a request with their defaults, which null also selects."""
 
 _HALF = "holds half of a surrogate pair, which no text can hold; send UTF-8"
 Prompt = str | tuple[int, ...]
@@ -67,7 +67,7 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
     """The request in a body, for at most max_choices texts.
 
     Raises:
-        RefusedError: with all that is wrong; its `param` is the first such field.
+        RefusedError: a field is unknown or invalid. It lists all problems, and its `param` is the first such field.
     """
     fields = Fields(body, _FIELDS)
     prompts = _prompts(fields, vocab_size)
@@ -109,7 +109,7 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
 
 
 def parse_tokenize(body: Mapping[str, Any]) -> tuple[str, bool]:
-    """The text to encode, and whether the begin token goes in front of it.
+    """The text to encode, and whether to prepend the begin token.
 
     Raises:
         RefusedError: a field is missing or wrong.
@@ -142,7 +142,7 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     options = fields.value("stream_options")
     if options is None:
         return False
-    # What clients switch off need not be known.
+    # Unknown options that are switched off are harmless.
     options = options if isinstance(options, dict) else {"": True}
     used = {name: value for name, value in options.items() if value is not None and value is not False}
     include_usage = used.pop("include_usage", False)
@@ -183,12 +183,12 @@ def _prompts(fields: Fields, vocab_size: int) -> tuple[Prompt, ...]:
 
 
 def _are_ids(values: list[Any]) -> bool:
-    """Whether they are whole numbers; by their types at once, as prompts have thousands."""
+    """Whether all values are integers (and not bool); compares sets of types, because prompts have thousands of ids."""
     return set(map(type, values)) <= {int}
 
 
 def _outside(ids: list[int], vocab_size: int) -> list[int]:
-    """The first id that is none, if there is one."""
+    """The first id outside the vocabulary, or an empty list."""
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return []
     return [next(token for token in ids if not 0 <= token < vocab_size)]

@@ -1,6 +1,6 @@
 """OpenAI's HTTP interface as an ASGI application: paths, bodies, streams and errors.
 
-The event loop validates requests, decodes tokens and detects disconnects; JAX runs in the scheduler's thread alone.
+The event loop validates requests, decodes tokens and detects disconnects; JAX runs only in the scheduler's thread.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ from memjax.inference.service import Answer, Limits, Service
 T = TypeVar("T")
 
 _HUNG_UP = 499
-"""The status under which requests are counted whose client has gone."""
+"""Status under which requests of disconnected clients are counted."""
 _DISCARDED = 8
-"""Bodies up to this multiple of the limit are read to the end, so that clients see why they are refused."""
+"""Bodies up to this multiple of the limit are read to the end, so that the client gets to read the refusal."""
 
 _WHOLE_ADDRESS = re.compile("^https?://[^/]*", re.IGNORECASE)
 _SHORT = 1000
-"""Characters of prompts that are encoded on the event loop."""
+"""Prompts of up to this many characters are encoded on the event loop."""
 
 
 class HungUpError(Exception):
@@ -39,7 +39,7 @@ Endpoint = Callable[[Service, Request, Send], Coroutine[Any, Any, Response | Non
 
 
 class Endpoints:
-    """The ASGI application: asks for the key, answers, makes answers of errors, and counts them."""
+    """The ASGI application: checks the API key, routes requests, turns errors into responses, and counts responses."""
 
     def __init__(self, service: Service):
         self._service = service
@@ -72,15 +72,15 @@ class Endpoints:
         except (HungUpError, ClientDisconnect):
             status = _HUNG_UP
         except Exception:
-            # The traceback is for uvicorn's log.
+            # Reraised for uvicorn to log.
             if status is None:
-                await _refusal(RefusedError("the server failed; its log says how", status=500))(scope, receive, noting)
+                await _refusal(RefusedError("the server failed; its log says why", status=500))(scope, receive, noting)
             raise
         finally:
             self._service.metrics.codes[status or _HUNG_UP] += 1
 
     async def _answer(self, request: Request, send: Send) -> None:
-        # Clients of a proxy send the whole address (RFC 9112, 3.2.2).
+        # Clients of a proxy send the absolute URL (RFC 9112, 3.2.2).
         path = request.scope["path"] = _WHOLE_ADDRESS.sub("", request.scope["path"]) or "/"
         if path != "/health":
             self._service.check_key(request.scope["headers"])
@@ -92,11 +92,11 @@ class Endpoints:
         if known is None:
             paths = ", ".join(sorted(self._routes))
             raise RefusedError(f"there is nothing at {shown(path)}; there are {paths}", status=404)
-        # The body of an answer to HEAD is left out by uvicorn.
+        # uvicorn omits the body of responses to HEAD.
         endpoint = known.get("GET" if request.method == "HEAD" else request.method)
         if endpoint is None:
             allowed = ", ".join(known)
-            message = f"{path} takes {allowed}, not {shown(request.method)}"
+            message = f"{path} accepts {allowed}, not {shown(request.method)}"
             raise RefusedError(message, status=405, headers={"Allow": allowed})
         response = await endpoint(self._service, request, send)
         if response is not None:
@@ -113,7 +113,7 @@ async def _completions(service: Service, request: Request, send: Send) -> Respon
         raise _no_model(asked.model, service)
     encode = partial(prompt_ids, service.tokenizer, asked)
     letters = sum(len(prompt) for prompt in asked.prompts if isinstance(prompt, str))
-    # A long text takes a while to encode; another thread takes longer than a short one.
+    # Encoding a long text would block the loop; for a short one a thread costs more than the encoding.
     prompts = await asyncio.to_thread(encode) if letters > _SHORT else encode()
     choices = make_choices(service.tokenizer, asked, prompts, max_length=limits.max_length)
     with service.answering(asked, choices) as answer:
@@ -136,7 +136,7 @@ async def _collect(service: Service, answer: Answer) -> Response:
 
 
 async def _stream(service: Service, answer: Answer, send: Send) -> None:
-    """Server-sent events: one for every piece, then the usage if it is asked for, then `[DONE]`."""
+    """Sends server-sent events: one per piece, then the usage if requested, then `[DONE]`."""
     is_started = False
     usage = {"usage": None} if answer.request.include_usage else {}
 
@@ -161,7 +161,7 @@ async def _stream(service: Service, answer: Answer, send: Send) -> None:
             if not answer.is_done:
                 await write(text, more=True)
                 text = ""
-        # The end goes out with the last piece.
+        # The last piece and the end are sent together.
         if usage:
             text += _event(_dumps(answer.document(service, [], usage=answer.usage())))
         text += _event("[DONE]")
@@ -222,10 +222,10 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     """The body of a request.
 
     Raises:
-        RefusedError: it is too long, comes too slowly, or is not said to be JSON, uncompressed.
-        ClientDisconnect: the client has gone.
+        RefusedError: the body is too large, arrives too slowly, is compressed or not declared as JSON.
+        ClientDisconnect: the client has disconnected.
     """
-    # A page in a browser may send any other type to a server on this machine without asking it first.
+    # A web page can send simple content types to local servers without a CORS preflight request.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         message = (
@@ -257,10 +257,10 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
 
 
 async def _until_hang_up(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Does the work, which is cancelled when the client hangs up.
+    """Runs `work`, and cancels it when the client hangs up.
 
     Raises:
-        HungUpError: the client has gone.
+        HungUpError: the client has disconnected.
     """
 
     async def gone() -> None:
@@ -285,7 +285,7 @@ def _no_model(name: str, service: Service) -> RefusedError:
 
 
 def _refusal(error: RefusedError) -> Response:
-    # Parts of the request stand in the message, and need not be valid Unicode.
+    # The message quotes the request, which may hold lone surrogates, so non-ASCII characters are escaped.
     return Response(
         json.dumps(error.document), status_code=error.status, headers=error.headers, media_type="application/json"
     )

@@ -1,4 +1,4 @@
-"""The generation engine: slots for several texts, batched prefill, many decoding steps per call."""
+"""The generation engine: one slot per text, batched prefill, many decoding steps per call."""
 
 import dataclasses
 import math
@@ -31,23 +31,23 @@ from memjax.ops.tiles import next_power_of_two
 from memjax.sharding.axes import has_memory_axis
 
 _PREFILL_TOKENS = 1 << 15
-"""Prompt tokens, padding included, that are read at once: it bounds the activations. A longer prompt is read alone."""
+"""Most tokens per prefill call, padding included; bounds the activations. A longer prompt is prefilled alone."""
 _FEW_TOKENS = 64
-"""Prompt tokens up to which compiling takes longer than running what was compiled well."""
+"""Up to this many prompt tokens, optimised compilation takes longer than it saves."""
 _AT_ONCE = 1024
-"""Caches up to this capacity are allocated for the longest text that may come, larger ones grow with the texts."""
+"""Caches up to this capacity are allocated in full for max_tokens; larger ones grow with the texts."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Slot:
-    """A text in the making."""
+    """A text being generated."""
 
     request: Request
     num_reused: int = 0
     num_made: int = 0
 
     def capacity(self, count: int) -> int:
-        """Cache capacity for the text with `count` more tokens, or with all of max_tokens where that is small."""
+        """Cache capacity for `count` more tokens, or for all of max_tokens if that is at most `_AT_ONCE`."""
         start = len(self.request.prompt_ids)
         longest = start + self.request.max_tokens
         soon = min(longest, start + max(1, self.num_made) + count)
@@ -56,17 +56,17 @@ class _Slot:
 
 @dataclasses.dataclass(slots=True)
 class _Fresh:
-    """Prompts that were read together; a row each."""
+    """Prompts that were prefilled together, one per row."""
 
     slots: dict[int, _Slot]
-    """Slots of the first rows, in their order."""
+    """The slots of the leading rows, in row order; the other rows are padding."""
     state: State
     tokens: Int[jax.Array, "b 1"]
     likelihoods: Likelihoods | None
 
 
 class Engine:
-    """Writes several texts at a time; requests join and leave while others are being written::
+    """Generates several texts at a time; requests join and leave while others are running::
 
         engine = Engine(model, num_slots=8)
         (slot,) = engine.insert([Request(prompt_ids=ids, max_tokens=100)])
@@ -74,12 +74,12 @@ class Engine:
             for slot, made in engine.step(16).items():
                 print(slot, made.tokens, made.finish)
 
-    A text's tokens are those that it gets alone, whatever is written beside it: a row has positions of its own and sees
-    no other, and draws depend on the seed, the prompt's number and the step. (Groups of prompts of different sizes are
-    read by different programs, whose sums can be rounded differently: it decides between two tokens that are equally
-    likely to the last digits.)
+    A text does not depend on the others in the batch: each row has its own positions and sees no other row, and draws
+    depend on the seed, the prompt's number and the step. (Groups of different sizes are prefilled by different
+    programs, whose sums may round differently; this can decide between tokens whose probabilities agree to the last
+    digits.)
 
-    Under a mesh, slots are split over its devices, as the batch of the training is.
+    Under a mesh, slots are split over its devices, as the batch is in training.
     """
 
     def __init__(
@@ -91,16 +91,16 @@ class Engine:
         min_capacity: int = 0,
         modes: Sequence[Mode] = (),
     ):
-        """Prepares the weights (`weights.prepare`); the cache is allocated when it is needed.
+        """Prepares the weights (`weights.prepare`); the cache is allocated when first needed.
 
         Args:
-            model: the model; the engine sees no change made to it later.
-            num_slots: texts at a time.
-            prefill_rows: prompts that are read together, missing ones padded; None takes powers of two.
-            min_capacity: tokens of each text that the cache has room for at least; texts up to this length share one
-                decoding program.
-            modes: what to compile for, the narrowest first: a batch runs in the first that covers its needs. Without
-                one that does, a program for exactly these needs is compiled.
+            model: the model; later changes to it do not reach the engine.
+            num_slots: number of texts generated at a time.
+            prefill_rows: rows per prefill call, padded if there are fewer prompts; None: the next power of two.
+            min_capacity: minimum cache capacity per text, in tokens; texts up to this length share one decoding
+                program.
+            modes: sampling modes to compile for, the narrowest first. A batch uses the first that covers its needs; if
+                none does, a program for exactly these needs is compiled.
         """
         checks.refuse([*checks.counts(num_slots=num_slots), *_rows_wrong(prefill_rows)])
         self.num_slots = num_slots
@@ -109,7 +109,7 @@ class Engine:
         self._min_capacity, self._modes = min_capacity, tuple(modes)
         _, graphdef, structure, self._weights = prepare(model)
         self._programs = programs_of(graphdef, structure)
-        # A mesh splits rows over its devices, so each needs as many as the others; the excess rows are ignored.
+        # A mesh splits rows evenly over its devices; the excess rows are ignored.
         self._devices = jax.sharding.get_abstract_mesh().size if has_memory_axis() else 1
         self._num_rows = math.ceil(num_slots / self._devices) * self._devices
         self._slots: list[_Slot | None] = [None] * num_slots
@@ -117,31 +117,31 @@ class Engine:
         self._unread: list[_Fresh] = []
         self._unmerged: list[_Fresh] = []
         self.prompts = Prompts(num_slots, min_capacity)
-        """What the slots hold, where it is to be reused."""
+        """The prompts whose cache entries the slots hold, for reuse."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether any text is being written."""
+        """Whether any text is being generated."""
         return any(self._slots)
 
     @property
     def free_slots(self) -> list[int]:
-        """Slots without a text."""
+        """The slots that hold no text."""
         return [number for number, slot in enumerate(self._slots) if slot is None]
 
     def tokens_left(self) -> list[int]:
-        """How many more tokens each running text may get."""
+        """Remaining token budget of each running text."""
         return [slot.request.max_tokens - slot.num_made for slot in self._slots if slot is not None]
 
     def insert(self, requests: Sequence[Request], *, prefill_rows: int | None = None) -> list[int]:
-        """Reads prompts into free slots and returns these; the next `step` gives their first tokens.
+        """Prefills prompts into free slots and returns the slots; the next `step` returns the first tokens.
 
         Args:
-            requests: what to write.
-            prefill_rows: prompts that are read together, in place of the engine's number.
+            requests: the texts to generate.
+            prefill_rows: overrides the engine's `prefill_rows`.
 
         Raises:
-            ValueError: more requests than free slots, or one that cannot be met (`check`).
+            ValueError: there are more requests than free slots, or a request is invalid (`requests.check`).
         """
         checks.refuse(_rows_wrong(prefill_rows))
         for request in requests:
@@ -150,7 +150,7 @@ class Engine:
         if len(requests) > len(free):
             raise ValueError(f"{len(requests)} requests do not fit into {len(free)} free slots of {self.num_slots}")
         if not self.is_busy:
-            # The last texts may have been longer than those to come, or have had more stop tokens.
+            # The previous texts may have been longer than the next ones, or have had more stop tokens.
             if self._state is not None and self._state.room.tokens > self._min_capacity:
                 self._forget()
             elif self._state is not None:
@@ -168,15 +168,15 @@ class Engine:
         return slots
 
     def step(self, max_tokens: int) -> dict[int, Made]:
-        """Adds at most max_tokens (and LONGEST_CHUNK) tokens to every text, and its first one to a new text.
+        """Adds up to max_tokens tokens (at most `LONGEST_CHUNK`) to each text; a new text also gets its first token.
 
-        Returns what was added by slot. A text that has ended leaves its slot. With max_tokens=0 only first tokens come.
+        Returns what was added, by slot. A text that has ended leaves its slot. max_tokens=0 gives first tokens only.
         """
         found: dict[int, Made] = {}
         count = min(max_tokens, LONGEST_CHUNK)
         if count > 0 or self._state is not None:
-            # Sent before the host waits for first tokens, so that the device has all it needs to go on. Where
-            # no other text runs, first tokens do not wait for the decoding program to compile.
+            # Dispatched before the host waits for first tokens, so that the device stays busy. With max_tokens=0 and
+            # no earlier text, first tokens need not wait for this to compile.
             self._merge(max(1, count))
         unread, self._unread = self._unread, []
         firsts = jax.device_get([(fresh.tokens, fresh.likelihoods) for fresh in unread])
@@ -196,7 +196,7 @@ class Engine:
         return found
 
     def release(self, slot: int) -> None:
-        """Ends a text before its end.
+        """Stops a text early and frees its slot.
 
         Raises:
             ValueError: there is no such slot.
@@ -206,7 +206,7 @@ class Engine:
         self._slots[slot] = None
 
     def reset(self) -> None:
-        """Ends every text and drops the cache, which a call that failed may have left half written."""
+        """Stops all texts and drops the cache, which a failed call may have left half written."""
         self._slots = [None] * self.num_slots
         self._unread, self._unmerged = [], []
         self._forget()
@@ -217,11 +217,11 @@ class Engine:
         self.prompts.clear()
 
     def _program_for(self, tokens: np.ndarray) -> Wrapped:
-        """The program that reads so many prompt tokens."""
+        """The prefill program for prompt tokens of this shape."""
         return self._programs.prefill_few if tokens.size <= _FEW_TOKENS else self._programs.prefill
 
     def _read_together(self, joining: Sequence[Joining]) -> Sequence[Joining]:
-        """The first of the prompts, as many as are read at once."""
+        """The longest prefix of the prompts that fits into one prefill call."""
         width, count = 0, 0
         for one in joining:
             width = max(width, self._min_capacity if one.start else one.width)
@@ -231,15 +231,15 @@ class Engine:
         return joining[:count]
 
     def _group(self, count: int, width: int, wanted: int | None) -> int:
-        """Rows of the prefill of so many prompts."""
+        """Number of rows of a prefill of `count` prompts, padded to `width` tokens."""
         wanted = next_power_of_two(count) if wanted is None else wanted
         rows = max(count, min(wanted, self._num_rows, _PREFILL_TOKENS // width))
         return math.ceil(rows / self._devices) * self._devices
 
     def _prefill(self, joining: Sequence[Joining], rows_wanted: int | None) -> None:
-        """Reads prompts together, all from their beginning or none, and picks the first token of each."""
+        """Prefills prompts together, all whole or all with a reused prefix, and samples each one's first token."""
         width, is_begun = max(one.width for one in joining), joining[0].start > 0
-        # What is copied takes as much of the cache as a whole row.
+        # A reused prefix is copied as a whole row of the cache.
         size = self._min_capacity if is_begun else width
         group = self._group(len(joining), size, rows_wanted)
         tokens = np.zeros((group, size), np.int32)
@@ -264,7 +264,7 @@ class Engine:
         self._unmerged.append(fresh)
 
     def _merge(self, count: int) -> None:
-        """Brings the state up to the texts that are there, with room for `count` more tokens of each."""
+        """Inserts newly prefilled rows into the state, and grows it to have room for `count` more tokens per text."""
         unmerged, self._unmerged = self._unmerged, []
         states = [state for state in (self._state, *(fresh.state for fresh in unmerged)) if state is not None]
         if not states:
@@ -278,17 +278,17 @@ class Engine:
             for number, slot in fresh.slots.items():
                 self.prompts.put(number, slot.request.prompt_ids)
             if self._state is None and self._devices == 1 and list(fresh.slots) == list(range(self._num_rows)):
-                # They fill all slots in their order: their state is that of the engine, and no cache is copied.
+                # They fill all slots in order: their state becomes the engine's, without copying the cache.
                 has_room = fresh.state.room == room
                 self._state = fresh.state if has_room else programs.grow(fresh.state, room=room)
                 continue
-            # Rows without a request go to no slot: each to another place past the last one.
+            # Padding rows get distinct out-of-range indices, so they are dropped.
             places = self._num_rows + np.arange(len(fresh.tokens), dtype=np.int32)
             places[: len(fresh.slots)] = list(fresh.slots)
             self._state = programs.insert(self._state, fresh.state, places, num_rows=self._num_rows, room=room)
 
     def _needs(self, requests: Sequence[Request]) -> tuple[Mode, int | None]:
-        """The mode of the sampling, and how many likeliest tokens are reported."""
+        """The sampling mode, and how many of the likeliest tokens to report."""
         mode = Mode.of([request.sampling for request in requests])
         most = max((request.logprobs for request in requests if request.logprobs is not None), default=None)
         known = next((known for known in self._modes if known.covers(mode)), mode)
@@ -301,10 +301,10 @@ class Engine:
         tokens: Int[np.ndarray, "b n"],
         likely: Likelihoods | None,
     ) -> None:
-        """Adds the tokens of rows to what was found of their slots; a text ends where its row does."""
-        # As lists: NumPy takes longer for each of a few numbers.
+        """Adds each row's tokens to its slot's entry in `found`, and frees the slots of texts that have ended."""
+        # Lists are faster than NumPy for single elements.
         for row, ((number, slot), values) in enumerate(zip(slots, tokens.tolist(), strict=False)):
-            # Unless it was released before anybody asked.
+            # The text was released meanwhile.
             if self._slots[number] is not slot:
                 continue
             request, made = slot.request, found.setdefault(number, Made([]))

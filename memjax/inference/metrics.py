@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _WHOLE = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _WINDOW = 10.0
-"""Seconds over which the rate of tokens is taken."""
+"""Seconds over which the token rate is averaged."""
 
 
 class Histogram:
-    """Durations in seconds, counted by upper bounds."""
+    """Counts durations, in seconds, by upper bounds."""
 
     def __init__(self, bounds: Sequence[float]):
         self.bounds, self.total, self.count = tuple(bounds), 0.0, 0
@@ -25,11 +25,11 @@ class Histogram:
 
     @property
     def mean(self) -> float:
-        """Mean duration; 0 without any."""
+        """Mean duration; 0 if there are none."""
         return self.total / self.count if self.count else 0.0
 
     def lines(self, name: str) -> list[str]:
-        """The samples."""
+        """The samples in Prometheus' text format."""
         found, so_far = [], 0
         for bound, count in zip([*map(str, self.bounds), "+Inf"], self._counts, strict=True):
             so_far += count
@@ -38,11 +38,11 @@ class Histogram:
 
 
 class Metrics:
-    """Counters of a server; used by its event loop alone."""
+    """Counters of a server; not thread-safe, used only on its event loop."""
 
     def __init__(self) -> None:
         self.codes: collections.Counter[int] = collections.Counter()
-        """Answers by status; 499 are requests whose client hung up."""
+        """Responses by status; 499: the client hung up."""
         self.prompt_tokens = 0
         self.reused_tokens = 0
         self.generated_tokens = 0
@@ -52,18 +52,18 @@ class Metrics:
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
 
     def gauge(self, name: str, help_text: str, value: Callable[[], float]) -> None:
-        """Adds a value that is asked for when the metrics are."""
+        """Adds a gauge; `value` is called whenever the metrics are read."""
         self._gauges.append((name, help_text, value))
 
     def add_tokens(self, count: int) -> None:
-        """Counts tokens that were made."""
+        """Counts generated tokens."""
         self.generated_tokens += count
         self._recent.append((time.monotonic(), count))
         self._forget()
 
     @property
     def tokens_per_second(self) -> float:
-        """Rate over the last `_WINDOW` seconds."""
+        """Generated tokens per second over the last `_WINDOW` seconds."""
         self._forget()
         return sum(count for _, count in self._recent) / _WINDOW
 
@@ -72,7 +72,7 @@ class Metrics:
             self._recent.popleft()
 
     def text(self) -> str:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         lines: list[str] = []
 
         def add(name: str, kind: str, help_text: str, samples: list[str]) -> None:

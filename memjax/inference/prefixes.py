@@ -1,4 +1,4 @@
-"""Prompts that the rows of a cache hold, so that another prompt need not have its beginning read again."""
+"""Which prompt each row of a cache holds, so that a prompt with a common prefix need not be prefilled whole."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,46 +10,46 @@ from memjax.inference.requests import Request
 
 
 class Joining(NamedTuple):
-    """A prompt to read into a row."""
+    """A prompt to prefill into a row."""
 
     request: Request
     slot: int
     source: int = 0
-    """The row whose prompt begins like this one."""
+    """The row whose prompt shares a prefix with this one."""
     start: int = 0
-    """How many of the first tokens are the same, and are copied; 0 to read all."""
+    """Length of the shared prefix, which is copied; 0: the whole prompt is processed."""
 
     @property
     def width(self) -> int:
-        """Tokens to read, padded."""
+        """Tokens to process, padded."""
         return padded_length(len(self.request.prompt_ids) - self.start)
 
 
 class Prompts:
-    """The prompt that was written into each row last; what a text adds behind it does not count."""
+    """The last prompt written into each row; generated tokens are not tracked."""
 
     def __init__(self, num_rows: int, capacity: int):
-        """Room for rows of so many tokens; longer prompts are not kept."""
+        """Makes room for `capacity` tokens per row; longer prompts are not tracked."""
         self.is_used = False
-        """Whether beginnings are looked up."""
+        """Whether prefixes are reused."""
         self._tokens = np.full((num_rows, capacity), -1, np.int32)
         self._order = np.zeros(num_rows, np.int64)
 
     def clear(self) -> None:
-        """Forgets all prompts, whose rows are gone."""
+        """Forgets all prompts."""
         self._tokens[:] = -1
 
     def put(self, row: int, prompt_ids: Sequence[int]) -> None:
-        """Notes that a row holds a prompt."""
+        """Records that a row holds a prompt."""
         self._tokens[row] = -1
         if len(prompt_ids) <= self._tokens.shape[1]:
             self._tokens[row, : len(prompt_ids)] = prompt_ids
         self._order[row] = self._order.max() + 1
 
     def joining(self, request: Request, slot: int) -> Joining:
-        """A request for a row, with the row that begins like its prompt for longest; none where no padding is saved.
+        """A request for a slot, with the row that shares its longest prefix, if reusing it shortens the padded prefill.
 
-        The last token is always left to be read: its logits are wanted.
+        The last token is always processed, because its logits are needed.
         """
         all_, count = Joining(request, slot), len(request.prompt_ids) - 1
         if not self.is_used or not 0 < count < self._tokens.shape[1]:
@@ -61,5 +61,5 @@ class Prompts:
         return rest if rest.width < all_.width else all_
 
     def by_age(self, rows: Sequence[int]) -> list[int]:
-        """Some rows in the order in which they may be overwritten: those with the oldest prompts first."""
+        """The given rows in the order in which to overwrite them: those with the oldest prompts first."""
         return sorted(rows, key=lambda row: self._order[row] if self.is_used else row)

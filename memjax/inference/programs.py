@@ -1,12 +1,12 @@
-"""The compiled programs of an engine, and the state of the texts that they pass on.
+"""The compiled programs of an engine, and the state of texts that is passed between them.
 
-- prefill reads prompts: for every power of two of prompt tokens, times powers of two of prompts that are read together;
-- extend reads prompts that begin like one whose cache a row holds, likewise by the tokens that are left to read;
-- start picks the first token of each: for these numbers of prompts and each `sampling.Mode`;
-- insert puts what was read into the engine's slots: for each size of a prefill and each capacity of the cache;
-- decode writes tokens: for each capacity of the cache, which is a power of two, and each mode.
+- prefill processes whole prompts: one program per padded length and number of prompts, both powers of two;
+- extend processes prompts whose prefix is cached: one program per padded length of the rest and number of prompts;
+- start samples each prompt's first token: one program per number of prompts and `sampling.Mode`;
+- insert copies prefilled rows into the engine's slots: one program per prefill shape and cache capacity;
+- decode generates tokens: one program per cache capacity, a power of two, and mode.
 
-How many tokens are decoded at a time, temperatures, seeds, stop tokens and lengths are data.
+The number of tokens per call, temperatures, seeds, stop tokens and lengths are arguments, which need no recompilation.
 """
 
 import functools
@@ -27,34 +27,34 @@ from memjax.ops.tiles import next_power_of_two
 from memjax.sharding.axes import replicate, split_tokens
 
 LONGEST_CHUNK = 32
-"""Tokens that one call of the decoding program makes at most; the host looks at texts between calls only."""
+"""Maximum number of tokens per call of the decoding program; the host sees texts only between calls."""
 STOPPED, NOTHING = -2, -1
-"""In place of a token: stop token t came here (STOPPED - t); the text had ended before."""
+"""Codes in place of a token: STOPPED - t means that stop token t was sampled here, NOTHING that the text has ended."""
 _SMALLEST, _SMALLEST_ON_CPUS = 128, 16
-"""Prompts and caches are padded to powers of two from here on. A GPU reads 128 tokens as fast as one, and compiling for
-a length takes it many seconds."""
+"""Smallest power of two to which prompts and caches are padded. A GPU prefills 128 tokens as fast as one, and compiling
+for another length takes many seconds."""
 _FEWEST_STOPS = 4
 _TOP_COUNTS = (5, 20)
-"""Likeliest tokens are counted up to one of these, so that few programs compile."""
+"""Requested numbers of likeliest tokens are rounded up to these, so that few programs are compiled."""
 
 
 class Rows(NamedTuple):
-    """The requests of rows as arrays."""
+    """One request per row, as arrays."""
 
     rules: Rules
     limit: Int[Array, " b"]
-    """Tokens to write; 0 in rows without a text."""
+    """Maximum number of tokens to generate; 0 in rows without a text."""
     stop_ids: Int[Array, "b stops"]
-    """Padded with a number that no token has."""
+    """Padded with `NOTHING`, which is no token id."""
 
     @property
     def num_stops(self) -> int:
-        """Stop tokens that each row has room for."""
+        """Capacity for stop tokens per row."""
         return self.stop_ids.shape[1]
 
     @classmethod
     def of(cls, requests: Sequence[Request | None]) -> "Rows":
-        """The rows of requests, as NumPy arrays; None is a row without a text."""
+        """The requests as NumPy arrays; None is a row without a text."""
         width = next_power_of_two(max([_FEWEST_STOPS, *(len(request.stop_ids) for request in requests if request)]))
         stops = np.full((len(requests), width), NOTHING, np.int32)
         for row, request in enumerate(requests):
@@ -66,38 +66,37 @@ class Rows(NamedTuple):
 
 
 class Room(NamedTuple):
-    """The most that rows of a state can hold."""
+    """Capacity of a state's rows."""
 
     tokens: int
-    """Positions of the cache."""
+    """Number of cache positions."""
     stop_ids: int
 
 
 class State(NamedTuple):
-    """Texts in the making, a row each."""
+    """The texts being generated, one per row."""
 
     rows: Rows
     cache: Cache
     token: Int[Array, " b"]
-    """The last one of each text, which the cache does not hold yet."""
+    """Each text's last token, which is not in the cache yet."""
     num_made: Int[Array, " b"]
-    """Tokens written; the limit once the text has ended."""
+    """Number of tokens generated; set to the limit once the text has ended."""
     uses: Int[Array, "b vocab"]
-    """How often a text has written each token, -1 where its prompt does not hold it either; kept up to date where a
-    penalty asks."""
+    """How often each token has been generated; -1 if it is not in the prompt either. Updated only for penalties."""
 
     @property
     def is_active(self) -> Bool[Array, " b"]:
-        """Which texts go on."""
+        """Which texts have not ended."""
         return self.num_made < self.rows.limit
 
     @property
     def room(self) -> Room:
-        """Capacity of its rows."""
+        """Capacity of the rows."""
         return Room(self.cache.blocks[0].keys.shape[2], self.rows.num_stops)
 
     def with_fewest_stops(self) -> "State":
-        """A state without texts, with room for as few stop tokens as any has."""
+        """This state with the minimum capacity for stop tokens; valid only if it holds no texts."""
         if self.rows.num_stops == _FEWEST_STOPS:
             return self
         return self._replace(rows=self.rows._replace(stop_ids=self.rows.stop_ids[:, :_FEWEST_STOPS]))
@@ -112,17 +111,17 @@ class Programs(NamedTuple):
 
     prefill: Wrapped
     prefill_few: Wrapped
-    """For few tokens."""
+    """For short prompts: on CPUs, compiled without optimisations."""
     extend: Wrapped
     decode: Wrapped
 
 
 @functools.lru_cache(maxsize=8)
 def programs_of(graphdef: Any, structure: Any) -> Programs:
-    """The programs; a structure is compared once for an engine, not with every token."""
+    """The programs; the model's structure is hashed once per engine, not at every call."""
     model_of = lambda weights: nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
     read, read_on, write = (functools.partial(function, model_of) for function in (prefill, extend, decode))
-    # On a CPU a first text waits for the compiler above all, whose optimisations save a short prompt no millisecond.
+    # On CPUs the latency of a first text is mostly compilation, and optimisations save a short prompt no millisecond.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     few = jax.jit(read, compiler_options=options)
     writing = jax.jit(write, static_argnames=("mode", "num_top"), donate_argnames="state")
@@ -132,7 +131,7 @@ def programs_of(graphdef: Any, structure: Any) -> Programs:
 def prefill(
     model_of: ModelOf, weights: Weights, tokens: Int[Array, "b s"], lengths: Int[Array, " b"]
 ) -> tuple[Float[Array, "b vocab"], Int[Array, "b vocab"], Cache]:
-    """Logits after the first `lengths` tokens of each row, its `State.uses`, and the cache of these tokens."""
+    """Logits after the first `lengths` tokens of each row, `State.uses`, and the cache of these tokens."""
     model = model_of(weights)
     is_text = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     hidden, cache = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
@@ -150,9 +149,12 @@ def extend(
     *,
     width: int,
 ) -> tuple[Float[Array, "b vocab"], Int[Array, "b vocab"], Cache]:
-    """`prefill` of rows that begin like rows of a cache, for `starts` tokens, and have at most `width` others."""
+    """`prefill` of rows whose first `starts` tokens are copied from rows `sources` of a cache.
+
+    At most `width` tokens of each row are left to process.
+    """
     model = model_of(weights)
-    # Beyond the end the last token is read again, and written nowhere.
+    # Indices past the row repeat its last token, at positions past the cache, which are not written.
     rest = jnp.take_along_axis(tokens, starts[:, None] + jnp.arange(width)[None], axis=1, mode="clip")
     copied = Cache(jax.tree.map(lambda array: array[sources], cache.blocks), starts)
     hidden, copied = model.hidden_with_cache(rest, copied)
@@ -166,9 +168,9 @@ def _read(
     tokens: Int[Array, "b s"],
     lengths: Int[Array, " b"],
 ) -> tuple[Float[Array, "b vocab"], Int[Array, "b vocab"]]:
-    """Logits after the first `ends` states of rows, and `State.uses` after the first `lengths` tokens."""
+    """Logits after the first `ends` hidden states of each row, and `State.uses` of its first `lengths` tokens."""
     logits = model.logits(jnp.take_along_axis(hidden, ends[:, None, None] - 1, axis=1)[:, 0])
-    # Padding is marked past the vocabulary, where nothing is written.
+    # Padding gets an index past the vocabulary, which the scatter drops.
     text = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, logits.shape[1])
     uses = jnp.full(logits.shape, -1, jnp.int32)
     return logits, uses.at[jnp.arange(len(tokens))[:, None], text].set(0, mode="drop")
@@ -184,21 +186,19 @@ def start(
     mode: Mode,
     num_top: int | None,
 ) -> tuple[State, Int[Array, "b 1"], Likelihoods | None]:
-    """The state of prompts that were read, with the first token of each; the blocks of the cache are added later."""
+    """The state of prefilled prompts with the first token of each; the caller adds the blocks of the cache."""
     nothing = jnp.zeros(len(logits), jnp.int32)
     cache = Cache((), lengths)
     state = State(rows, cache, token=nothing, num_made=nothing, uses=uses)
     state, made, likely = _add_token(state, logits, mode, num_top)
-    # With an axis of places, as decoding has it.
+    # With an axis of tokens, as `decode` returns them.
     return state, replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
 
 
 @functools.partial(jax.jit, static_argnames=("num_rows", "room"), donate_argnames="state")
 def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, room: Room) -> State:
-    """The state with the rows of `fresh` at the given slots, which must differ; they get as much room as the other
-    rows.
-    """
-    # Whole rows are written: what another text has left there cannot come back as 0 * inf.
+    """The state with the rows of `fresh`, enlarged to `room`, at the given slots, which must be distinct."""
+    # Whole rows are overwritten, so that remains of another text cannot cause NaN as 0 * inf.
     fresh = _with_room(fresh, room)
     if state is None:
         empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
@@ -209,7 +209,7 @@ def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_ro
 
 @functools.partial(jax.jit, static_argnames="room")
 def grow(state: State, *, room: Room) -> State:
-    """The state with more room."""
+    """The state enlarged to `room`."""
     return _with_room(state, room)
 
 
@@ -223,7 +223,7 @@ def decode(
     mode: Mode,
     num_top: int | None,
 ) -> tuple[State, Int[Array, "b n"], Likelihoods | None]:
-    """`count` more tokens of each wanted text, or fewer if all of them end earlier."""
+    """Generates `count` more tokens of each wanted text, or fewer if all of them end earlier."""
     num_rows = len(state.token)
     state = state._replace(num_made=jnp.where(is_wanted, state.num_made, state.rows.limit))
 
@@ -250,7 +250,7 @@ def decode(
 def _add_token(
     state: State, logits: Float[Array, "b vocab"], mode: Mode, num_top: int | None
 ) -> tuple[State, Int[Array, " b"], Likelihoods | None]:
-    """The next token of every active text, in the state and as what the host is given."""
+    """Samples the next token of each active text; returns the new state and what the host receives."""
     rows = state.rows
     picked = pick(logits, state.uses, rows.rules, state.num_made, mode=mode)
     is_stop = jnp.any(picked[:, None] == rows.stop_ids, axis=1)
@@ -265,7 +265,7 @@ def _add_token(
 
 
 def _with_room(state: State, room: Room) -> State:
-    """The state with more places in its cache and for stop tokens."""
+    """The state padded to `room`."""
     tokens, stop_ids = (wanted - has for wanted, has in zip(room, state.room, strict=True))
     more = lambda array: jnp.pad(array, [(0, 0), (0, 0), (0, tokens), (0, 0)])
     cache = state.cache._replace(blocks=jax.tree.map(more, state.cache.blocks))
@@ -274,16 +274,16 @@ def _with_room(state: State, room: Room) -> State:
 
 
 def padded_length(length: int) -> int:
-    """The length that a row of so many tokens is padded to: a power of two, so that few shapes are ever compiled."""
+    """The length to which a row of `length` tokens is padded: a power of two, so that few shapes are compiled."""
     smallest = _SMALLEST_ON_CPUS if jax.default_backend() == "cpu" else _SMALLEST
     return max(smallest, next_power_of_two(length))
 
 
 def top_counts(vocab_size: int) -> list[int]:
-    """The numbers of likeliest tokens that are counted in the first place."""
+    """The numbers of likeliest tokens for which programs are compiled in advance."""
     return sorted({min(count, vocab_size) for count in _TOP_COUNTS})
 
 
 def top_count(most: int, vocab_size: int) -> int:
-    """How many of the likeliest tokens are counted where so many are asked for."""
+    """How many of the likeliest tokens to compute if `most` are requested."""
     return min(next((count for count in _TOP_COUNTS if count >= most), most), vocab_size)

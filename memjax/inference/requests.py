@@ -1,4 +1,4 @@
-"""Requests to an engine, and the tokens it returns."""
+"""Requests to an engine and the tokens it returns."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -12,28 +12,28 @@ from memjax.models.token_ids import check_ids
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A text to write."""
+    """A text to generate."""
 
     prompt_ids: Sequence[int]
-    """The prompt, its begin token included."""
+    """Token ids of the prompt, including the begin token."""
     max_tokens: int
-    """The most tokens to write."""
+    """Maximum number of tokens to generate."""
     sampling: SamplingConfig = GREEDY
     stop_ids: Collection[int] = ()
     """Tokens that end the text; they are not part of it."""
     number: int = 0
-    """Number of the prompt; with the seed it decides the draws."""
+    """Index of the prompt; together with the seed it determines the random draws."""
     logprobs: int | None = None
-    """Number of likeliest tokens to report with each token's own log-probability; None reports nothing."""
+    """How many of the likeliest tokens to report besides each token's own log-probability; None: report nothing."""
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities (natural) of the model at one position, before any sampling setting."""
+    """The model's log-probabilities (natural) at one position, before temperature, penalties and truncation."""
 
     chosen: float
-    """Log-probability of the written token."""
+    """Log-probability of the generated token."""
     top: dict[int, float]
-    """Log-probabilities of the likeliest tokens, in falling order."""
+    """Log-probabilities of the likeliest tokens, in descending order."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -42,17 +42,17 @@ class Made:
 
     tokens: list[int]
     finish: Literal["stop", "length"] | None = None
-    """Why the text ends with these tokens: a stop token came, or max_tokens are written. None: it continues."""
+    """Why the text ends after these tokens: at a stop token, or at max_tokens. None: it continues."""
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    """Of each token in `tokens`, if requested."""
+    """Log-probabilities of each token in `tokens`, if requested."""
     stop: tuple[int, TokenLogprobs | None] | None = None
-    """The stop token that came, which is no part of the text, with its log-probabilities if the request asks."""
+    """The stop token that ended the text, which is not part of it, with its log-probabilities if requested."""
     num_reused: int = 0
-    """With a text's first tokens: how many of the prompt's were in the cache, and not read again."""
+    """Reported with a text's first tokens: how many prompt tokens were reused from the cache."""
 
 
 def check(request: Request, vocab_size: int) -> None:
-    """Raises a ValueError, or a TypeError for sampling of another type, if a request cannot be served."""
+    """Raises a ValueError for an invalid request, or a TypeError if `sampling` has the wrong type."""
     if not len(request.prompt_ids):
         raise ValueError(f"the ids of prompt {request.number} are empty; they need at least the begin token")
     check_ids(request.prompt_ids, vocab_size, f"the ids of prompt {request.number}")

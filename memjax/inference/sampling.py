@@ -1,4 +1,4 @@
-"""Sample the next token of each row with its own settings, inside a compiled program and without a sort."""
+"""Sample the next token of each row with the row's own settings, inside a compiled program and without sorting."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from memjax.ops.precision import accumulator
 GREEDY = SamplingConfig()
 
 _ALL = 2**31 - 1
-"""A top_k that cuts nothing off."""
+"""A top_k that keeps all tokens."""
 
 
 class Rules(NamedTuple):
-    """The sampling settings of each row as arrays, so that other settings need no other program."""
+    """The sampling settings of each row as arrays, so that changing them needs no recompilation."""
 
     temperature: Float[Array, " b"]
-    """0 for the likeliest token."""
+    """0 selects the likeliest token."""
     top_k: Int[Array, " b"]
     top_p: Float[Array, " b"]
     repetition_penalty: Float[Array, " b"]
@@ -30,17 +30,17 @@ class Rules(NamedTuple):
     presence_penalty: Float[Array, " b"]
     seed: UInt[Array, " b"]
     number: UInt[Array, " b"]
-    """The prompt's number: with the seed and the step it decides a draw."""
+    """Index of the prompt; together with the seed and the step it determines a draw."""
 
     @classmethod
     def of(cls, settings: Sequence[tuple[SamplingConfig, int]]) -> "Rules":
-        """The rules of rows with the given sampling settings and prompt numbers, as NumPy arrays."""
+        """The rules of rows with these sampling settings and prompt indices, as NumPy arrays."""
         rows = [
             (
-                # Logits divided by less overflow; the likeliest token is certain long before.
+                # Logits divided by less would overflow; the likeliest token is certain long before that.
                 sampling.temperature and max(sampling.temperature, 1e-30),
                 _ALL if sampling.top_k is None else min(sampling.top_k, _ALL),
-                # The sum of all probabilities can pass 1 by a rounding error, and must not cut the last token off.
+                # Rounding may bring the sum of probabilities to 1 early, which must not cut off the last tokens.
                 sampling.top_p if sampling.top_p < 1 else math.inf,
                 sampling.repetition_penalty,
                 sampling.frequency_penalty,
@@ -56,7 +56,7 @@ class Rules(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """Features of the sampling that some row of a batch needs; each combination is a compiled program of its own."""
+    """Sampling features that some row of a batch needs; a separate program is compiled for each combination."""
 
     draws: bool = False
     """Some row has a temperature."""
@@ -66,12 +66,12 @@ class Mode(NamedTuple):
     """Some row has a penalty of any kind."""
 
     def covers(self, needs: "Mode") -> bool:
-        """Whether rows with these needs can run in this mode; it changes none of their tokens."""
+        """Whether rows with these needs can run in this mode, with the same tokens."""
         return all(has or not needed for has, needed in zip(self, needs, strict=True))
 
     @classmethod
     def of(cls, samplings: Sequence[SamplingConfig]) -> "Mode":
-        """The mode that serves rows with all these settings."""
+        """The narrowest mode for rows with these settings."""
         drawn = [sampling for sampling in samplings if sampling.temperature > 0]
         return cls(
             draws=bool(drawn),
@@ -92,15 +92,14 @@ def pick(
     *,
     mode: Mode,
 ) -> Int[Array, " b"]:
-    """The next token of each row.
+    """Samples the next token of each row.
 
     Args:
-        logits: of the next token.
-        uses: how often the row has written each token; -1 for those that are not in its prompt either. Only penalties
-            ask.
-        rules: of the rows.
-        step: how many tokens each row has picked before.
-        mode: what `rules` need; anything beyond it is ignored.
+        logits: logits of the next token.
+        uses: how often the row has generated each token; -1 if it is not in the prompt either. Used only by penalties.
+        rules: sampling settings of the rows.
+        step: how many tokens each row has generated so far.
+        mode: features that `rules` need; features outside the mode are ignored.
     """
     if mode.penalty:
         repetition, frequency, presence = (
@@ -118,8 +117,7 @@ def pick(
 
     def draw(row: Float[Array, " vocab"], seed: Array, number: Array, step: Array) -> Int[Array, ""]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
-        # One number is drawn for each token of the vocabulary, not for each rank: two tokens whose ranks rounding
-        # swaps keep their draws.
+        # Noise is drawn per token id, not per rank, so tokens whose ranks are swapped by rounding keep their draws.
         return jax.random.categorical(key, row)
 
     drawn = jax.vmap(draw)(logits, rules.seed, rules.number, step)
@@ -129,9 +127,9 @@ def pick(
 def allowed(
     logits: Float[Array, "b vocab"], top_k: Int[Array, " b"], top_p: Float[Array, " b"], *, mode: Mode
 ) -> Bool[Array, "b vocab"]:
-    """Which tokens may be drawn: the top_k likeliest, and of these the fewest whose probabilities reach top_p.
+    """Mask of tokens that may be drawn: the top_k likeliest, and of these the fewest whose probabilities reach top_p.
 
-    Exactly top_k tokens are kept: of tokens that are equally likely those with the smaller ids come first.
+    Exactly top_k tokens are kept: ties are broken in favour of smaller ids.
     """
     codes = _codes(logits)
 
@@ -143,7 +141,7 @@ def allowed(
         return kept & _likeliest(codes, probabilities, top_p.astype(probabilities.dtype))
 
     kept = jnp.ones(logits.shape, bool)
-    # One program serves all settings, and most rows have a temperature alone.
+    # One program serves all settings, and most rows set only a temperature.
     if mode.top_k:
         kept = jax.lax.cond(jnp.any(top_k < logits.shape[1]), by_count, lambda kept: kept, kept)
     if mode.top_p:
@@ -152,10 +150,10 @@ def allowed(
 
 
 def _likeliest(codes: UInt[Array, "b v"], weights: Array, target: Array) -> Bool[Array, "b v"]:
-    """Mask of the fewest largest codes of each row whose weights reach the target; all where they do not reach it."""
+    """Mask of the fewest largest codes of each row whose weights sum to the target; all if they do not reach it."""
     threshold = _threshold(codes, weights, target)[:, None]
     above, level = codes > threshold, codes == threshold
-    # Of those at the threshold the first ones in their order that reach what is missing.
+    # Of the codes at the threshold, only as many as reach the target are kept, smaller ids first.
     missing = target - jnp.sum(jnp.where(above, weights, 0), axis=-1)
     size = codes.shape[1]
     places = jnp.broadcast_to(jnp.arange(size - 1, -1, -1, dtype=jnp.uint32), codes.shape)
@@ -166,10 +164,10 @@ def _likeliest(codes: UInt[Array, "b v"], weights: Array, target: Array) -> Bool
 def _threshold(
     codes: UInt[Array, "b v"], weights: Array, target: Array, *, bits: int | None = None
 ) -> UInt[Array, " b"]:
-    """The largest number such that the weights of the codes that are not below it reach the target; 0 if none does.
+    """The largest threshold such that the weights of codes at or above it sum to the target; 0 if they never do.
 
-    A search by binary digits, for which a sort of a vocabulary takes ten times as long. A CPU finds a bit in each pass;
-    a GPU four, by comparing with all fifteen numbers that they can make, as it is the passes that take its time.
+    A search bit by bit, ten times as fast as sorting the vocabulary. A CPU finds one bit per pass. A GPU, whose time
+    goes into the number of passes, finds four, by comparing with all fifteen of their non-zero values.
     """
     dtype, digit = codes.dtype, 1 if jax.default_backend() == "cpu" else 4
     passes = -(-(jnp.iinfo(dtype).bits if bits is None else bits) // digit)
@@ -179,14 +177,14 @@ def _threshold(
         shift = jnp.asarray(digit * (passes - 1 - place), dtype)
         tried = found[:, None] | (digits << shift)[None]
         sums = jnp.sum(jnp.where(codes[:, None] >= tried[:, :, None], weights[:, None], 0), axis=-1)
-        # The sums fall with the numbers, so how many reach the target is the digit.
+        # Sums decrease as the threshold grows, so the number of sums that reach the target is the digit.
         return found | (jnp.sum(sums >= target[:, None], axis=-1).astype(dtype) << shift)
 
     return jax.lax.fori_loop(0, passes, find_digit, jnp.zeros(codes.shape[:1], dtype), unroll=digit > 1)
 
 
 def _codes(logits: Float[Array, "b v"]) -> UInt[Array, "b v"]:
-    """Unsigned integers in the order of the logits; equal logits have equal ones, 0 and -0 too."""
+    """Unsigned integers in the same order as the logits; equal logits, 0 and -0 included, have equal codes."""
     unsigned = jnp.uint64 if logits.dtype == jnp.float64 else jnp.uint32
     wide = logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
     codes = jax.lax.bitcast_convert_type(jnp.where(wide == 0, 0, wide), unsigned)
@@ -195,12 +193,12 @@ def _codes(logits: Float[Array, "b v"]) -> UInt[Array, "b v"]:
 
 
 class Likelihoods(NamedTuple):
-    """Log-probabilities (natural) of the model itself, before any sampling setting."""
+    """The model's log-probabilities (natural), before temperature, penalties and truncation."""
 
     chosen: Float[Array, "*b"]
-    """Log-probability of the picked token."""
+    """Log-probability of the sampled token."""
     top: Float[Array, "*b n"]
-    """Log-probabilities of the likeliest tokens, in falling order."""
+    """Log-probabilities of the likeliest tokens, in descending order."""
     top_tokens: Int[Array, "*b n"]
 
 

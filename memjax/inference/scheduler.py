@@ -1,4 +1,4 @@
-"""Continuous batching: a thread that owns an engine lets requests join and leave the running batch."""
+"""Continuous batching: a thread owns the engine and lets requests join and leave the running batch."""
 
 import collections
 import contextlib
@@ -22,38 +22,36 @@ from memjax.inference.streaming import Pace
 from memjax.io.console import warn
 
 _PREFILL_ROWS = 8
-"""Prompts are read one by one or so many at once: two programs for each width."""
+"""Prompts are prefilled singly or in groups of this size, so there are two programs per width."""
 _PADDED_FROM = 3
-"""Prompts that are read at once though the batch is not full: it takes about as long as two that are read alone."""
+"""From this many prompts on, an incomplete group is padded: that takes about as long as prefilling two singly."""
 _SHORTEST_CHUNK = 8
-"""Tokens that several texts get at a time at least, even where all of them end before."""
+"""Minimum tokens per chunk with several texts, even if all of them end earlier."""
 _CHUNK_SECONDS = 0.1
-"""Texts get fewer tokens at a time where LONGEST_CHUNK of them take longer, and prompts are read no longer than this
-before running texts go on."""
+"""Target for the duration of a chunk, and the limit of the time spent on prefills before running texts continue."""
 _RUNNING_PER_PROMPT = 6
-"""Running texts for each prompt, at most, for which a prefill interrupts decoding. On an H200 reading one prompt of 512
-tokens takes as long as 5 tokens of 64 texts."""
+"""Maximum running texts per waiting prompt at which a prefill may interrupt decoding. On an H200, prefilling one prompt
+of 512 tokens takes as long as decoding 5 tokens of 64 texts."""
 _READ_AFTER_SECONDS = 0.1
-"""After this time without a prefill a single prompt interrupts decoding, too."""
+"""After this long without a prefill, a single prompt may interrupt decoding."""
 _RETURN_SECONDS = 0.002
-"""How long a finished client has to send its next request before its slot stays empty for a chunk; prompts that wait
-already are read meanwhile."""
+"""How long to wait for the next requests of clients whose texts have just ended, before decoding with empty slots."""
 _PREFILL_TOKENS = 1 << 15
-"""Prompt tokens, padding included, that are read before running texts go on."""
+"""Prompt tokens, padding included, to prefill before running texts continue."""
 
 
 @dataclasses.dataclass(eq=False, kw_only=True, slots=True)
 class Ticket:
-    """A text that a client waits for."""
+    """A text requested by a client."""
 
     request: Request
     """With max_tokens=0 only the prompt is scored."""
     prompt_top: int | None = None
-    """How many of the likeliest tokens to report at each place of the prompt; None does not score the prompt."""
+    """How many of the likeliest tokens to report at each position of the prompt; None: the prompt is not scored."""
     owner: Any = None
-    """Set by the listener, to find the client of an update."""
+    """Lets the listener find the client of an update."""
     slot: int | None = None
-    """The scheduler's: where the text is written."""
+    """Set by the scheduler: the engine slot of the text."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,11 +62,11 @@ class Update:
     prompt: list[TokenLogprobs] | None = None
     """Log-probabilities of the prompt's tokens after the first."""
     error: str | None = None
-    """Why nothing more comes."""
+    """Why the ticket failed; no further update follows."""
 
     @property
     def is_last(self) -> bool:
-        """Whether no other update of the ticket follows."""
+        """Whether this is the ticket's last update."""
         return self.made.finish is not None or self.error is not None
 
 
@@ -76,14 +74,14 @@ Listener = Callable[[list[tuple[Ticket, Update]]], None]
 
 
 class QueueFullError(Exception):
-    """There is no room for more waiting texts."""
+    """The queue has no room for these texts."""
 
 
 class Scheduler:
-    """Runs an engine in a thread of its own.
+    """Runs an engine in its own thread.
 
-    Texts that wait get slots in the order in which they came; of several that were submitted together one at a time, so
-    that a large request does not hold up others behind it.
+    Waiting texts get slots in order of arrival. Requests for several texts take turns, one text at a time, so that a
+    large request does not hold up those behind it.
     """
 
     def __init__(
@@ -94,36 +92,36 @@ class Scheduler:
         max_waiting: int,
         score: Callable[[Sequence[int], int], list[TokenLogprobs]] | None = None,
     ):
-        """Takes over the engine; work begins with `start`. The listener is given updates in the scheduler's thread, and
-        must not block.
+        """Takes over the engine; work begins with `start`. The listener is called on the scheduler's thread and must
+        not block.
         """
         self._engine, self._listener, self._score = engine, listener, score
         self.max_waiting = max_waiting
         self.num_failures = 0
-        """Calls of the engine that failed."""
+        """Number of failed engine calls."""
         self._prefill_rows = prefill_rows(engine.num_slots)
         self._groups: collections.deque[collections.deque[Ticket]] = collections.deque()
         self._num_waiting = 0
         self._running: dict[int, Ticket] = {}
         self._joining: list[Ticket] = []
-        """Tickets taken from the queue that have no slot yet."""
+        """Tickets that have left the queue but have no slot yet."""
         self._cancelled: list[Ticket] = []
         self._num_ended, self._return_due = 0, 0.0
         self._last_read = -math.inf
         self._is_open = True
         self._changed = threading.Condition()
-        # A mesh belongs to a thread.
+        # The current mesh is thread-local.
         self._mesh = jax.sharding.get_mesh()
         self._threads = [threading.Thread(target=self._main, name="memjax-scheduler", daemon=True)]
 
     @property
     def num_slots(self) -> int:
-        """Texts that are written at a time."""
+        """Number of texts that can run at a time."""
         return self._engine.num_slots
 
     @property
     def num_waiting(self) -> int:
-        """Tickets without a slot."""
+        """Tickets in the queue."""
         return self._num_waiting
 
     @property
@@ -137,17 +135,17 @@ class Scheduler:
         return self._threads[0].is_alive()
 
     def start(self, compile_meanwhile: Iterable[Lowered] = ()) -> None:
-        """Begins to work; another thread traces and compiles programs before a request needs them."""
+        """Starts the scheduler, and a thread that traces and compiles these programs before a request needs them."""
         compiler = lambda: self._compile(compile_meanwhile)
         self._threads.append(threading.Thread(target=compiler, name="memjax-compiler", daemon=True))
         for thread in self._threads:
             thread.start()
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Queues tickets that belong together.
+        """Queues the tickets of one request.
 
         Raises:
-            QueueFullError: they do not fit into the queue; none of them is queued.
+            QueueFullError: they do not all fit into the queue; none is queued.
         """
         with self._changed:
             if self._num_waiting + len(tickets) > self.max_waiting:
@@ -157,7 +155,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, ticket: Ticket) -> None:
-        """Takes a ticket out of the queue or, after the tokens that are being made, out of its slot."""
+        """Removes a ticket from the queue or, after the current chunk, from its slot."""
         with self._changed:
             for group in self._groups:
                 if ticket in group:
@@ -170,7 +168,7 @@ class Scheduler:
             self._changed.notify()
 
     def stop(self, seconds: float) -> bool:
-        """Ends the threads after what they are doing now; False if they have not ended after these seconds."""
+        """Ends the threads after their current step; False if any still runs after `seconds`."""
         with self._changed:
             self._is_open = False
             self._changed.notify()
@@ -215,7 +213,7 @@ class Scheduler:
                 self._fail(error)
 
     def _admit(self) -> None:
-        """Reads waiting prompts, also those that come meanwhile, as long as enough of them can join."""
+        """Prefills waiting prompts, including new arrivals, while enough of them can join and limits allow."""
         began, num_tokens = time.monotonic(), 0
         while num_tokens < _PREFILL_TOKENS and time.monotonic() - began < _CHUNK_SECONDS:
             with self._changed:
@@ -236,37 +234,37 @@ class Scheduler:
                 self._last_read = time.monotonic()
 
     def _is_worth_reading(self) -> bool:
-        """Whether prompts are read now; one that is only scored needs no slot, and waits for nobody."""
+        """Whether to prefill now; a prompt that is only scored needs no slot and never waits for others."""
         is_scored = bool(self._groups) and not self._groups[0][0].request.max_tokens
         return is_scored or self._is_enough(min(self._num_waiting, self.num_slots - len(self._running)))
 
     def _is_enough(self, num_prompts: int) -> bool:
-        """Whether so many prompts justify pausing all running texts."""
+        """Whether this many prompts justify pausing all running texts."""
         is_due = time.monotonic() - self._last_read >= _READ_AFTER_SECONDS
         return is_due or num_prompts * _RUNNING_PER_PROMPT >= len(self._running)
 
     def _chunk(self) -> int:
-        """Tokens to make before others may join: up to the last of the known ends that are near."""
+        """Tokens to decode before others may join: up to the last max_tokens limit within `LONGEST_CHUNK`."""
         if len(self._running) == 1:
             return LONGEST_CHUNK
         near = [count for count in self._engine.tokens_left() if count <= LONGEST_CHUNK]
         return max(_SHORTEST_CHUNK, *near) if near else LONGEST_CHUNK
 
     def _have_returned(self) -> bool:
-        """Whether as many texts wait as have just ended."""
+        """Whether at least as many texts are waiting as have just ended."""
         return self._num_waiting >= self._num_ended or not self._is_open
 
     def _has_work(self) -> bool:
         return bool(self._groups or self._running or self._cancelled)
 
     def _release(self, ticket: Ticket) -> None:
-        # It may have ended in the meantime, and another text be in its slot.
+        # The text may have ended meanwhile, and its slot hold another one.
         if ticket.slot is not None and self._running.get(ticket.slot) is ticket:
             del self._running[ticket.slot]
             self._engine.release(ticket.slot)
 
     def _take(self, most_tokens: int) -> list[Ticket]:
-        """The tickets whose turn it is, until their prompts have so many tokens."""
+        """Takes the next tickets from the queue until their padded prompts have at least most_tokens tokens."""
         taken: list[Ticket] = []
         num_free, num_tokens = self.num_slots - len(self._running), 0
         while self._groups and num_tokens < most_tokens:
@@ -309,14 +307,14 @@ class Scheduler:
         ended = [slot for slot, made in found.items() if made.finish is not None]
         for slot in ended:
             del self._running[slot]
-        # Those that end come first: their clients are the next to ask.
+        # Finished texts first: their clients are the next to send requests.
         self._listener(sorted(updates, key=lambda pair: not pair[1].is_last))
         self._num_ended = len(ended)
         is_worth = self._running and not self._num_waiting and self._is_enough(len(ended))
         self._return_due = time.monotonic() + _RETURN_SECONDS if is_worth else 0.0
 
     def _fail(self, error: Exception) -> None:
-        """Fails the tickets whose texts are lost, and goes on with the waiting ones."""
+        """Fails the tickets whose texts are lost; the scheduler continues with the waiting ones."""
         self.num_failures += 1
         if sys.stderr is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -330,12 +328,12 @@ class Scheduler:
 
 
 def prefill_rows(num_slots: int) -> int:
-    """Prompts that are read at once where so many wait: a power of two, for which a program is compiled."""
+    """Prompts prefilled at once if enough are waiting: a power of two."""
     return 1 << (min(_PREFILL_ROWS, num_slots).bit_length() - 1)
 
 
 def batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Places of prompts that are read together: of one padded length, at most `rows` at once, or one alone."""
+    """Indices of prompts to prefill together: of the same padded length, up to `rows` at once or one alone."""
     by_width = collections.defaultdict(list)
     for place, length in enumerate(lengths):
         by_width[padded_length(length)].append(place)

@@ -1,7 +1,7 @@
-"""Score given tokens: log-probabilities, in few compiled shapes that do not depend on the batch size.
+"""Score given tokens: log-probabilities, in a few compiled shapes.
 
-`score` is the engine of every evaluation: recall, bits of knowledge, bits per byte and lm-eval's tasks score
-continuations after contexts. `PromptScorer` scores the prompts of a server, with the likeliest tokens at each position.
+Every evaluation uses `score`: recall, bits of knowledge, bits per byte and lm-eval's tasks score continuations of
+contexts. `PromptScorer` scores a server's prompts, with the likeliest tokens at each position.
 """
 
 import itertools
@@ -29,43 +29,43 @@ from memjax.models.token_ids import check_ids
 from memjax.sharding.axes import has_memory_axis, replicate, split_tokens
 
 Show = Callable[[float], None]
-"""Called with the finished share of the work, 0 to 1."""
+"""Called with the finished fraction of the work, 0 to 1."""
 Place = Callable[[Batch], dict[str, jax.Array]]
-"""Puts the arrays of a batch on the devices."""
+"""Transfers the arrays of a batch to the devices."""
 
 _FEW = 16
-"""Predictions that most rows stay below; a row with more of them gets logits at all its positions."""
+"""Predictions per row that are enough for most rows; a row with more gets logits at all positions."""
 _PROMPT_POSITIONS = 256
-"""Positions of a prompt whose logits are in memory at once."""
+"""Positions of a prompt whose logits are in memory at a time."""
 
 
 class ScoreRequest(NamedTuple):
-    """A continuation to score after a context, both as token ids."""
+    """A continuation to score, and the context it follows, as token ids."""
 
     context: Sequence[int]
-    """At least the begin token."""
+    """Must not be empty: at least the begin token."""
     continuation: Sequence[int]
     """May be empty (probability 1)."""
 
 
 class Score(NamedTuple):
-    """How likely a continuation is."""
+    """Likelihood of a continuation."""
 
     log_likelihood: float
     """Sum over its tokens of log p, in nats."""
     is_greedy: bool
-    """Whether each of its tokens is the likeliest after those before it."""
+    """Whether each token is the likeliest one after those before it."""
 
 
 def to_device(batch: Batch) -> dict[str, jax.Array]:
-    """The batch as JAX arrays, left for the compiler to distribute."""
+    """The batch as JAX arrays; the compiler chooses their sharding."""
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
 def request(tokenizer: Tokenizer, context: str, continuation: str) -> ScoreRequest:
-    """The context as a prompt, and the tokens that the continuation adds to it when both are encoded as one text.
+    """The context as a prompt, and the tokens that the continuation adds when both are encoded as one text.
 
-    Spaces at the end of the context belong to the continuation: tokens carry the space before a word.
+    Trailing spaces of the context count as part of the continuation, because tokens include the space before a word.
     """
     before = tokenizer.encode(context.rstrip())
     joined = tokenizer.encode(context + continuation)
@@ -83,20 +83,20 @@ def score(
 ) -> list[Score]:
     """The score of each request.
 
-    Every token of a continuation counts exactly once. Where context and continuation are longer than the model may see,
-    the context's begin is left out; a continuation that is itself longer is read in windows of max_length predictions,
-    the last of which reaches back as far as it may.
+    Every token of a continuation counts exactly once. If context and continuation together exceed max_length, the
+    context is truncated from the left; a continuation that is itself longer is scored in windows of max_length
+    predictions, each with as much text before it as fits.
 
-    Rows do not see each other nor the padding, so batch size and other requests can change a score only by the order of
-    a sum. Requests that read the same tokens, such as four letters after one question, are computed as one row.
+    Rows see neither each other nor the padding, so the batch size and other requests can change a score only through
+    the order of summation. Requests with the same input tokens, such as four letters after one question, share a row.
 
     Args:
         model: the model.
         requests: what to score.
-        max_length: tokens that the model sees at once; None: all of each request.
-        batch_size: rows at once; under a mesh a multiple of its devices.
-        place: puts a batch on the devices.
-        show: receives the share of the work that is done.
+        max_length: maximum number of tokens that the model sees; None: all of each request.
+        batch_size: rows per batch; under a mesh, a multiple of the number of devices.
+        place: transfers a batch to the devices.
+        show: is called with the finished fraction of the work.
 
     Raises:
         ValueError: a context is empty, or a token id is outside the vocabulary.
@@ -121,12 +121,12 @@ def score(
 
 
 class _Row:
-    """Tokens that are read together, and the predictions that are scored up to the last of them."""
+    """A sequence of input tokens, and the predictions scored in it."""
 
     def __init__(self, tokens: tuple[int, ...]):
         self.tokens = tokens
         self.asks: list[tuple[int, tuple[int, ...]]] = []
-        """Number of a request, and its tokens: the last of them follows the last token of the row."""
+        """Request index and target tokens; the last target follows the last token of the row."""
 
     @property
     def depth(self) -> int:
@@ -134,17 +134,17 @@ class _Row:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tokens and predictions, padded; there are two programs for each width."""
+        """Padded numbers of tokens and predictions; there are two programs per width."""
         width = padded_length(len(self.tokens))
         return width, _FEW if self.depth <= _FEW else width
 
     def predictions(self) -> Iterator[tuple[int, int]]:
-        """Positions in the row, each with a token that may follow there."""
+        """Positions in the row, each with the target token that follows it."""
         for _, targets in self.asks:
             yield from enumerate(targets, start=len(self.tokens) - len(targets))
 
     def owners(self) -> Iterator[tuple[int, slice]]:
-        """The requests, and where in the row's predictions theirs are."""
+        """Request indices, each with its slice of the row's predictions."""
         ends = itertools.accumulate(len(targets) for _, targets in self.asks)
         for (owner, targets), end in zip(self.asks, ends, strict=True):
             yield owner, slice(end - len(targets), end)
@@ -169,9 +169,9 @@ def _rows(requests: Iterable[ScoreRequest], max_length: int) -> list[_Row]:
 
 
 def _by_shape(rows: Iterable[_Row], batch_size: int) -> list[tuple[tuple[int, int], list[_Row]]]:
-    """The rows by their padded shapes, the smallest first.
+    """The rows grouped by padded shape, the smallest first.
 
-    Those that fill no batch join the next larger shape: a program takes longer to compile than a batch to compute.
+    Groups that do not fill a batch join the next larger shape: compiling a program takes longer than computing a batch.
     """
     groups: dict[tuple[int, int], list[_Row]] = defaultdict(list)
     for row in rows:
@@ -184,7 +184,7 @@ def _by_shape(rows: Iterable[_Row], batch_size: int) -> list[tuple[tuple[int, in
 
 
 def _computed(model: Decoder, groups: Any, batch_size: int, place: Place) -> Iterator[tuple[int, list[_Row], Any]]:
-    """Width and rows of each batch, and its scores as NumPy arrays; one batch computes while the next is made."""
+    """Yields width, rows and scores (NumPy arrays) of each batch; a batch is computed while the next is prepared."""
     graphdef, state = nnx.split(model)
     before = None
     for (width, depth), rows in groups:
@@ -199,7 +199,7 @@ def _computed(model: Decoder, groups: Any, batch_size: int, place: Place) -> Ite
 
 
 def _batch(rows: Sequence[_Row], shape: tuple[int, int, int]) -> Batch:
-    """`tokens` of the rows with their `token_mask`; `positions` and the `targets` there. Padding is ignored."""
+    """Padded arrays: `tokens` with `token_mask`, and `targets` with their `positions`; padded targets are ignored."""
     num_rows, width, depth = shape
     tokens, token_mask = np.zeros((num_rows, width), np.int32), np.zeros((num_rows, width), bool)
     positions, targets = np.zeros((num_rows, depth), np.int32), np.zeros((num_rows, depth), np.int32)
@@ -214,11 +214,11 @@ def _batch(rows: Sequence[_Row], shape: tuple[int, int, int]) -> Batch:
 def _scored(
     graphdef: Any, state: nnx.State, batch: dict[str, Array]
 ) -> tuple[Float[Array, "b depth"], Bool[Array, "b depth"]]:
-    """log p of each target at its position, in nats, and whether it is the likeliest there."""
+    """Log-probability (nats) of each target at its position, and whether the target is the likeliest token there."""
     model = nnx.merge(graphdef, state)
-    # Without segments a padded end is harmless: tokens see only what comes before them.
+    # Padding at the end is harmless: tokens see only what comes before them.
     hidden = model.hidden(batch["tokens"], token_mask=batch["token_mask"]).states
-    # Only these positions need logits, which at all positions would be the largest array of all.
+    # Only these positions need logits; at all positions, the logits would be the largest array of all.
     hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
 
     def compare(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]) -> tuple[Array, Array]:
@@ -229,10 +229,10 @@ def _scored(
 
 
 class PromptScorer:
-    """Log-probabilities of prompts, one prompt at a time; one program compiles for each power of two of tokens."""
+    """Log-probabilities of prompts, one prompt at a time; one program is compiled per padded length."""
 
     def __init__(self, model: Decoder):
-        """Takes the weights that an `Engine` for this model has; they are in memory once."""
+        """Shares prepared weights with the `Engine` of this model."""
         self._graphdef, self._weights = nnx.split(prepare(model).model)
         self._vocab_size = model.config.vocab_size
 
@@ -245,7 +245,7 @@ class PromptScorer:
         ][: len(prompt_ids) - 1]
 
     def lower(self, width: int, num_top: int) -> Lowered:
-        """The program for prompts that are padded to a width; it is traced to be compiled, and nothing runs."""
+        """Traces, without running, the program for prompts padded to this width, for the caller to compile."""
         return _prompt_likelihoods.lower(*self._arguments([0] * width, num_top))
 
     def _arguments(self, prompt_ids: Sequence[int], num_top: int) -> tuple[Any, ...]:
@@ -260,11 +260,11 @@ class PromptScorer:
 def _prompt_likelihoods(
     graphdef: Any, num_top: int, weights: nnx.State, tokens: Int[Array, "b s"], is_text: Bool[Array, "b s"]
 ) -> Likelihoods:
-    """Likelihoods of the first row: of each token's successor, and of the likeliest tokens."""
+    """Likelihoods at each position of the first row: of the next token, and of the likeliest tokens."""
     model = nnx.merge(graphdef, weights)
     hidden, _ = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
     following = jnp.roll(tokens[:1], -1, axis=1)
-    # Every device computes all of them.
+    # Every device computes all logits of the one row.
     logit_bytes = 4 * _PROMPT_POSITIONS * model.config.vocab_size // len(tokens)
     one = replicate(hidden)[:1]
     found = map_logits(model, partial(likelihoods, num_top=num_top), one, following, logit_bytes=logit_bytes)

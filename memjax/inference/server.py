@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn with timeouts for clients, which drains before it ends."""
+"""The HTTP server: uvicorn with timeouts for slow clients and a graceful shutdown."""
 
 import asyncio
 import contextlib
@@ -17,12 +17,12 @@ from memjax.inference.service import Service
 from memjax.io.console import say
 
 _SHUTDOWN_SECONDS = 5.0
-"""For the last bytes of answers."""
+"""Time for the last bytes of responses, and for the scheduler's threads to end."""
 _SWITCH_SECONDS = 0.0005
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with limits of time: for the head of a request, and for clients that read nothing."""
+    """uvicorn's HTTP/1.1 protocol with time limits for the head of a request and for clients that stop reading."""
 
     head_seconds: float
     stall_seconds: float
@@ -68,12 +68,12 @@ class _Protocol(H11Protocol):
 class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leaves signals alone: they drain first."""
+        """Leaves signals to `HttpServer`, which drains first."""
         yield
 
 
 class HttpServer:
-    """Serves an attached `Service` on a socket until it drains."""
+    """Serves a `Service` that has its scheduler on a socket, until drained."""
 
     def __init__(
         self, service: Service, listening: socket.socket, *, drain_seconds: float, max_connections: int = 1024
@@ -98,13 +98,13 @@ class HttpServer:
         self._draining: asyncio.Task[None] | None = None
 
     async def run(self, *, ready: Callable[[], None] = lambda: None, signals: Sequence[signal.Signals] = ()) -> None:
-        """Serves until it has drained; then the scheduler has ended, too.
+        """Serves until drained, then stops the scheduler.
 
         Args:
-            ready: is called when requests are accepted.
-            signals: the first of them begins to drain, a second ends the process at once.
+            ready: is called once requests are accepted.
+            signals: the first one starts draining; a second ends the process at once.
         """
-        # The thread that keeps the GPU busy must not wait 5 ms, Python's default, whenever this one is at work.
+        # The thread that keeps the GPU busy must not wait 5 ms, Python's default, for this one to release the GIL.
         sys.setswitchinterval(_SWITCH_SECONDS)
         loop = asyncio.get_running_loop()
         self._service.bind_loop()
@@ -118,11 +118,11 @@ class HttpServer:
         await serving
         ended = await asyncio.to_thread(self._service.scheduler.stop, _SHUTDOWN_SECONDS)
         if signals and not ended:
-            # It may be compiling: the result is not needed, and the interpreter cannot exit around the thread.
+            # A thread may be compiling: its result is not needed, and the interpreter cannot exit cleanly meanwhile.
             _exit_now(0)
 
     def drain(self) -> None:
-        """Takes no more completions, lets those that run end up to the time limit, then ends; on the loop's thread."""
+        """Refuses new completions and shuts down when the running ones end or time is up; runs on the loop's thread."""
         if self._draining is None:
             self._service.is_draining = True
             self._draining = asyncio.get_running_loop().create_task(self._drain())

@@ -21,21 +21,21 @@ from memjax.inference.scheduler import QueueFullError, Scheduler, Ticket, Update
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Limits of one client."""
+    """Limits on what a client may request, and how slowly."""
 
     max_length: int
-    """Tokens of a prompt and its answer together."""
+    """Maximum tokens of a prompt and its completion together."""
     max_body_bytes: int = 2 << 20
     max_choices: int = 128
-    """Texts of one request."""
+    """Maximum number of texts per request."""
     body_seconds: float = 30.0
-    """For a client to send its request: the head, and again the body."""
+    """Time limit for sending the head of a request, and again for the body."""
     stall_seconds: float = 60.0
-    """For a client to read what was sent before its answer is given up."""
+    """A client that reads nothing for this long is disconnected."""
 
 
 class Service:
-    """State shared by the endpoints. All methods run on one event loop except `deliver`, which the scheduler calls."""
+    """State shared by the endpoints. All methods run on one event loop, except `deliver`, which the scheduler calls."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Service:
         self.created = int(time.time())
         self.is_draining = False
         self.is_crowded: Callable[[], bool] = lambda: False
-        """Whether more clients are connected than are answered."""
+        """Whether too many clients are connected."""
         self.metrics = Metrics()
         self._key = None if api_key is None else api_key.encode()
         self._active: set[Answer] = set()
@@ -59,17 +59,17 @@ class Service:
 
     @property
     def scheduler(self) -> Scheduler:
-        """Whose listener is `deliver`."""
+        """The attached scheduler."""
         assert self._scheduler is not None, "attach a scheduler first"
         return self._scheduler
 
     @property
     def num_active(self) -> int:
-        """Completions that are being answered."""
+        """Number of running completions."""
         return len(self._active)
 
     def attach(self, scheduler: Scheduler) -> None:
-        """Takes the scheduler, which was made with `deliver` as its listener."""
+        """Attaches the scheduler, whose listener must be `deliver`, and adds its gauges to the metrics."""
         self._scheduler = scheduler
         gauge = self.metrics.gauge
         gauge("memjax_slots", "Texts that are written at a time.", lambda: scheduler.num_slots)
@@ -78,12 +78,12 @@ class Service:
         gauge("memjax_engine_failures", "Calls of the engine that failed.", lambda: scheduler.num_failures)
 
     def bind_loop(self) -> None:
-        """Has updates handed out on the running event loop."""
+        """Makes the running event loop the one that receives updates."""
         self._loop = asyncio.get_running_loop()
 
     def deliver(self, updates: list[tuple[Ticket, Update]]) -> None:
         """Passes updates on to the event loop, from the scheduler's thread."""
-        # A loop that is closed has no clients left.
+        # A closed loop, which raises RuntimeError, has no clients left.
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._hand_out, updates)
@@ -96,7 +96,7 @@ class Service:
             answer.inbox.put_nowait((choice, update))
 
     def check_key(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Raises a RefusedError without the right key."""
+        """Raises a RefusedError if the API key is missing or wrong."""
         if self._key is None:
             return
         given = next((value for name, value in headers if name == b"authorization"), b"")
@@ -110,7 +110,7 @@ class Service:
             )
 
     def refuse_when_draining(self) -> None:
-        """Raises a RefusedError while the server ends."""
+        """Raises a RefusedError while the server is shutting down."""
         if self.is_draining:
             raise RefusedError("the server is shutting down; try another one", status=503, headers={"Retry-After": "5"})
 
@@ -128,7 +128,7 @@ class Service:
 
     @contextlib.contextmanager
     def answering(self, request: CompletionRequest, choices: list[Choice]) -> Iterator["Answer"]:
-        """Submits the choices; those that are not done at the end lose their slots."""
+        """Submits the choices; on exit, those that are not done are cancelled."""
         answer = Answer(request, choices)
         for choice in choices:
             choice.ticket.owner = answer, choice
@@ -176,7 +176,7 @@ class Answer:
         return all(choice.is_done for choice in self.choices)
 
     async def pieces(self, service: Service) -> AsyncIterator[tuple[Choice, Piece]]:
-        """Pieces of the choices as they come, until all are done.
+        """Yields pieces of the choices as they arrive, until all are done.
 
         Raises:
             RefusedError: the engine failed.
@@ -195,18 +195,18 @@ class Answer:
                 is_first = False
             piece = choice.add(update)
             if choice.is_done and not update.is_last:
-                # A stop string came, which the engine does not know of.
+                # It ended at a stop string, which the engine does not know of.
                 service.scheduler.cancel(choice.ticket)
             if piece.text or piece.finish or (piece.logprobs and piece.logprobs["tokens"]):
                 yield choice, piece
 
     def document(self, service: Service, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """The body of an answer, or of an event of its stream."""
+        """The body of a response, or of one event of a streamed response."""
         head = {"id": self.id, "object": "text_completion", "created": self.created, "model": service.model_name}
         return {**head, "choices": choices, **more}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens of the prompts, each counted once, and of all choices."""
+        """Token counts: each prompt once, regardless of `n`, and all choices."""
         firsts = self.choices[:: self.request.n]
         prompt = sum(len(one.ticket.request.prompt_ids) for one in firsts)
         made = sum(choice.num_tokens for choice in self.choices)

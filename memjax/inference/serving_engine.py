@@ -1,4 +1,4 @@
-"""The engine of a server, and the compilation of its programs before requests come."""
+"""The engine of a server, and the compilation of its programs before requests arrive."""
 
 import itertools
 import os
@@ -22,18 +22,18 @@ from memjax.sharding.axes import has_memory_axis
 
 _USUAL = Mode(), Mode(draws=True, top_k=True, top_p=True)
 _MODES = *_USUAL, Mode(True, True, True, True)
-"""Sampling modes of a server: few programs, so that no request waits for a compilation for long."""
+"""A server's sampling modes: few, so that all their programs are compiled early."""
 
 
 class ServingEngine(Engine):
-    """An engine with one decoding program for each of `_MODES`, which compiles before requests come.
+    """An engine with one decoding program for each of `_MODES`, which can be compiled before requests arrive.
 
-    The beginning of a prompt that a slot holds is copied from there. That takes one device, and positions whose
-    frequencies do not depend on the length of the text.
+    A prompt's longest prefix held by a slot is copied from there. This requires a single device, and rotary frequencies
+    that do not depend on the length of the text.
     """
 
     def __init__(self, model: Decoder, *, num_slots: int, max_length: int, reuse_prompts: bool = True):
-        """Takes texts of at most max_length tokens."""
+        """Makes an engine for texts of up to max_length tokens, prompts included."""
         super().__init__(model, num_slots=num_slots, min_capacity=padded_length(max_length), modes=_MODES)
         scaling = model.config.rope_scaling
         can_reuse = self._devices == 1 and (scaling is None or scaling.kind not in ("dynamic", "longrope"))
@@ -47,13 +47,17 @@ class ServingEngine(Engine):
         *,
         extend: bool = False,
     ) -> Iterator[Lowered]:
-        """The programs for prompts padded to these widths and read in groups of these sizes, each in some modes with a
-        number of likeliest tokens to report, and with `extend` those that copy beginnings: traced, to be compiled;
-        nothing runs.
+        """Traces, without running, the programs that serve certain prompts, for the caller to compile.
 
-        Under a mesh there are only those that read prompts: the compiler decides how the arguments of others are split.
+        Under a mesh only prefill programs are traced: the compiler decides how the others' arguments are sharded.
+
+        Args:
+            widths: padded lengths of the prompts.
+            groups: numbers of prompts that are prefilled together.
+            needs: sampling modes, each with a number of likeliest tokens to report.
+            extend: also trace the programs that reuse prefixes.
         """
-        # What is computed from a committed array is committed, and a call compiles anew where that differs.
+        # Results of committed arrays are committed, and a call with arguments committed otherwise would recompile.
         sharding = next((array.sharding for array in self._weights if array.committed), None)
         shape = lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
         shapes = lambda lowered: jax.tree.map(shape, lowered.out_info)
@@ -95,17 +99,20 @@ def warm_up(
     lengths: Collection[int] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Compiles what greedy and drawn texts need, on all cores, and reads the largest group of prompts once, so that
-    memory is known to suffice. Afterwards the engine is as before, but reuses no prompts until `lower_rest` has been
-    compiled.
+    """Compiles the programs for greedy and random sampling on all cores, and runs the largest prefill to test memory.
 
-    `lengths` are those of the prompts to come; None stands for all below max_length. `progress` is called with the
-    number of programs that are compiled and the number of all.
+    Afterwards the engine holds no texts, and reuses no prompts until the programs of `lower_rest` are compiled.
+
+    Args:
+        engine: the engine.
+        max_length: maximum tokens of a text, prompt included.
+        lengths: lengths of the expected prompts; None: all below max_length.
+        progress: is called with the number of programs compiled so far and their total.
     """
     widths, groups = _sizes(engine, lengths or range(1, max_length))
     engine.prompts.is_used = False
     with ThreadPoolExecutor(os.cpu_count(), "memjax-compile") as pool:
-        # Python traces one program after the other, while others are compiled without its lock.
+        # Tracing is serial; compilation releases the GIL and overlaps with it.
         usual = [(mode, None) for mode in _USUAL]
         compiling = [pool.submit(program.compile) for program in engine.lower(widths, groups, usual)]
         for done, compiled in enumerate(as_completed(compiling), 1):
@@ -113,11 +120,11 @@ def warm_up(
             progress(done, len(compiling))
     calls = [(widths[-1], groups[-1], SamplingConfig())]
     if has_memory_axis():
-        # Under a mesh most programs can only be compiled when they are called.
+        # Under a mesh most programs can be compiled only by calling them.
         samplings = SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.5)
         calls = list(itertools.product(widths, groups, samplings))
     for width, rows, sampling in calls:
-        # Of the longest texts that are padded to the width; with two tokens to write, where there is room for them.
+        # The longest prompt of this width that leaves room for two tokens, if there is one.
         length = min(max_length - 1, max(width // 2 + 1, min(width, max_length - 2)))
         request = Request(prompt_ids=[0] * length, max_tokens=max_length - length, sampling=sampling)
         slots = engine.insert([request] * rows)
@@ -127,8 +134,9 @@ def warm_up(
 
 
 def lower_rest(engine: ServingEngine, scorer: PromptScorer, *, max_length: int) -> Iterator[Lowered]:
-    """What reused prompts, texts with log-probabilities or penalties, and scored prompts need besides: traced, to be
-    compiled one after the other. Prompts are reused once the programs for it are compiled.
+    """Traces the remaining programs: for reused prefixes, penalties and log-probabilities, and scored prompts.
+
+    The caller compiles each before it asks for the next; prefixes are reused once their programs are compiled.
     """
     widths, groups = _sizes(engine, range(1, max_length))
     if engine.reuses_prompts:
@@ -141,5 +149,5 @@ def lower_rest(engine: ServingEngine, scorer: PromptScorer, *, max_length: int) 
 
 
 def _sizes(engine: Engine, lengths: Collection[int]) -> tuple[list[int], list[int]]:
-    """Padded lengths of prompts, and how many are read together."""
+    """Padded lengths of prompts, and sizes of the groups in which they are prefilled."""
     return sorted({padded_length(length) for length in lengths}), sorted({1, prefill_rows(engine.num_slots)})

@@ -1,4 +1,4 @@
-"""Stream the tokens of one prompt as soon as they are made."""
+"""Stream the tokens that follow a prompt as they are generated."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -11,25 +11,25 @@ from memjax.inference.sampling import GREEDY
 from memjax.models.decoder import Decoder
 
 _CHUNK_SECONDS = 0.05
-"""Streams ask for more tokens at a time as long as a chunk takes less, so that text never comes in jerks."""
+"""Chunks of a stream grow only while they take less time than this, so that text streams smoothly."""
 
 
 class Pace:
-    """How many tokens a stream takes at a time: one at first, then ever more, as long as that takes but a moment."""
+    """Adapts the number of tokens per engine step: one at first, then more, within a time limit."""
 
     def __init__(self, seconds: float = _CHUNK_SECONDS):
-        """Begins with a single token, and requests no more than fit in that many seconds."""
+        """Aims for steps shorter than `seconds`."""
         self.tokens, self._seconds = 1, seconds
 
     def step(self, engine: Engine, most: int = LONGEST_CHUNK) -> dict[int, Made]:
-        """The engine's next tokens, `most` of each text at the most."""
+        """Steps the engine: at most `most` further tokens of each text."""
         count, began = min(self.tokens, most), time.monotonic()
         made = engine.step(count)
         seconds = time.monotonic() - began
         if seconds >= self._seconds:
             self.tokens = max(1, count // 2)
         elif seconds < self._seconds / 2:
-            # Doubled only where twice the time is still a moment.
+            # Doubled only if twice the time is still within the limit.
             self.tokens = min(max(self.tokens, 2 * count), LONGEST_CHUNK)
         return made
 
@@ -43,21 +43,21 @@ def generate(
     stop_ids: Collection[int] = (),
     number: int = 0,
 ) -> Iterator[int]:
-    """Yields the tokens that follow a prompt, soon after they are made.
+    """Yields the tokens that follow a prompt, soon after they are generated.
 
-    Rotary positions have no last one, so prompt and answer may be longer than the sequences of the training; memory for
-    the cache is the only limit.
+    Rotary positions are unbounded, so the text may be longer than training sequences; the only limit is the memory of
+    the cache.
 
     Args:
         model: the model.
-        prompt_ids: the prompt, its begin token included.
-        max_tokens: the most tokens to make.
-        sampling: how tokens are picked; by default the likeliest.
+        prompt_ids: the prompt, including the begin token.
+        max_tokens: maximum number of tokens to generate.
+        sampling: how tokens are chosen; by default the likeliest.
         stop_ids: tokens that end the text; they are not yielded.
-        number: of the prompt; with the seed it decides the draws.
+        number: index of the prompt; together with the seed it determines the random draws.
 
     Raises:
-        ValueError: the prompt is empty or holds ids that the model does not know, or max_tokens is negative.
+        ValueError: the prompt is empty or holds ids outside the vocabulary, or max_tokens is negative.
     """
     if max_tokens < 0:
         raise ValueError(f"max_tokens={max_tokens} must not be negative")
@@ -69,7 +69,7 @@ def generate(
         number=number,
     )
     check(request, model.config.vocab_size)
-    # A function of its own, so that the checks run at the call and not at the first token.
+    # In a separate function, so that the checks run at the call and not at the first token.
     return _tokens(model, request) if max_tokens else iter(())
 
 

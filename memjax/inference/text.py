@@ -1,4 +1,4 @@
-"""Generate text from prompts, up to the model's end token, a stop string or a number of tokens."""
+"""Generate text from prompts, up to the model's end token, a stop string or a maximum number of tokens."""
 
 import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -17,14 +17,14 @@ from memjax.models.decoder import Decoder
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Continuation:
-    """The text that a model wrote after a prompt."""
+    """The text that a model generated after a prompt."""
 
     text: str
     """Without the prompt and without the stop string."""
     finish: Literal["end", "stop", "length"]
-    """Why it ends: the model ended it, a stop string came, or max_tokens were written."""
+    """Why it ends: at the model's end token, at a stop string, or at max_tokens."""
     tokens: int
-    """Tokens written, those of the stop string included."""
+    """Number of tokens generated, those of the stop string included."""
 
 
 def stream_text(
@@ -38,19 +38,19 @@ def stream_text(
     special_tokens: bool = False,
     number: int = 0,
 ) -> Generator[str, None, int]:
-    """Yields pieces of the text that follows a prompt; what may turn out to be a stop string is held back.
+    """Yields pieces of the text that follows a prompt; text that may turn out to be a stop string is held back.
 
-    The generator returns the number of tokens that were written.
+    The generator's return value is the number of tokens generated.
 
     Args:
         model: the model.
-        tokenizer: the one it was trained with.
+        tokenizer: the tokenizer it was trained with.
         prompt: the text to continue.
-        max_tokens: the most tokens to write.
-        sampling: how tokens are picked; by default the likeliest.
-        stop: strings that end the text; special tokens may be named too.
-        special_tokens: whether the names of special tokens in the prompt mean these.
-        number: of the prompt; with the seed it decides the draws.
+        max_tokens: maximum number of tokens to generate.
+        sampling: how tokens are chosen; by default the likeliest.
+        stop: strings that end the text; may include names of special tokens.
+        special_tokens: whether names of special tokens in the prompt are encoded as these tokens.
+        number: index of the prompt; together with the seed it determines the random draws.
     """
     prompt_ids, stop = _prompt_ids(tokenizer, prompt, special_tokens), checks.several(stop)
     text = _Text(tokenizer, prompt_ids, stop)
@@ -77,14 +77,14 @@ def continue_texts(
     batch_size: int = 8,
     max_prompt_tokens: int | None = None,
 ) -> Iterator[Continuation]:
-    """Yields the continuation of every prompt, in their order; the arguments are those of `stream_text`.
+    """Yields the continuation of each prompt, in order; other arguments are those of `stream_text`.
 
-    A prompt's place in the list is its number, so the batch size changes no text. Of a prompt of more than
-    max_prompt_tokens the last ones are read.
+    A prompt's `number` is its index in the list, so the batch size changes no text. Prompts of more than
+    max_prompt_tokens tokens are truncated from the left.
 
     Raises:
-        ValueError: a number is not a whole one, or out of its range.
-        TypeError: a prompt is no text.
+        ValueError: a number is not an integer or out of range.
+        TypeError: a prompt is not a string.
     """
     checks.refuse(
         checks.counts(batch_size=batch_size)
@@ -98,11 +98,11 @@ def continue_texts(
     stop_ids = frozenset(_stop_ids(tokenizer, stop))
     read = slice(None) if max_prompt_tokens is None else slice(-max_prompt_tokens, None)
     num_slots = max(1, min(batch_size, len(prompts)))
-    # Where more wait, half a batch is read at a time: as soon as that many texts have ended, others take their slots.
+    # With more prompts than slots, half a batch is prefilled at a time, as soon as that many slots are free.
     at_once = num_slots if num_slots == len(prompts) else max(1, num_slots // 2)
     engine, pace = Engine(model, num_slots=num_slots, prefill_rows=at_once), Pace()
     running: dict[int, tuple[int, _Text]] = {}
-    """By slot: the number of the prompt, and its text."""
+    """By slot: index of the prompt, and its text."""
     ended: dict[int, Continuation] = {}
     next_read = next_told = 0
     while next_told < len(prompts):
@@ -121,7 +121,7 @@ def continue_texts(
             for slot, request in zip(engine.insert(requests), requests, strict=True):
                 running[slot] = request.number, _Text(tokenizer, request.prompt_ids, stop)
             next_read += len(ids)
-        # The time that prompts take says nothing about that of tokens.
+        # The time of a prefill says nothing about that of decoding, so the pace ignores it.
         for slot, made in (pace.step(engine) if next_read == first_new else engine.step(0)).items():
             number, text = running[slot]
             for token in made.tokens:
@@ -161,7 +161,7 @@ class _Text:
         return self._stops.found is not None
 
     def push(self, token: int) -> str:
-        """The new text that a token completes; nothing once a stop string was found."""
+        """The new text that a token completes; empty once a stop string was found."""
         if self.is_stopped:
             return ""
         self.num_tokens += 1
@@ -183,21 +183,20 @@ class _Text:
 
 
 class StopStrings:
-    """Passes a text on, piece by piece, up to a stop string; a piece is what a token adds.
+    """Passes on a text, one token's piece at a time, up to a stop string.
 
-    As lm-eval does it, the text ends with the first piece that completes a stop string. Where that piece completes
-    several, the text is cut in front of the first of them in the order in which they are given, and what is left in
-    front of the next, if it is still there.
+    As in lm-eval, the first piece that completes a stop string ends the text. If it completes several, the text is cut
+    before the first of them in the given order, then before the next if it is still present.
     """
 
     def __init__(self, stops: Sequence[str]):
         self.found: str | None = None
-        """The stop string that cut the text."""
+        """The stop string that cut the text (the last, if several did)."""
         self._stops = [stop for stop in stops if stop]
         self._held = ""
 
     def push(self, piece: str) -> str:
-        """The text that can be passed on now: all but an end that may begin a stop string."""
+        """The text that can be passed on now: all but a suffix that may be the start of a stop string."""
         if self.found is not None:
             return ""
         if not self._stops:
@@ -211,12 +210,12 @@ class StopStrings:
         return text[: len(text) - len(self._held)]
 
     def finish(self) -> str:
-        """The text still held back: the beginning of a stop string that did not complete."""
+        """The text still held back: the start of a stop string that was not completed."""
         held, self._held = self._held, ""
         return held
 
     def _beginning(self, text: str) -> int:
-        """How many of the last letters are the beginning of a stop string, at the most."""
+        """Length of the longest suffix of the text that is a proper prefix of a stop string."""
         longest = min(len(text), max(map(len, self._stops), default=1) - 1)
         fits = lambda length: any(stop.startswith(text[len(text) - length :]) for stop in self._stops)
         return next((length for length in range(longest, 0, -1) if fits(length)), 0)

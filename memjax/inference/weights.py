@@ -1,9 +1,9 @@
-"""A model's weights as decoding reads them: projections of one input joined, matrices in the type of the activations.
+"""A model's weights in the form used for decoding: projections of the same input fused, matrices in the compute type.
 
-A decoding step is bound by reading weights, so each matrix is read once, by as few products as there are inputs.
-Matrices of blocks are stored as [outputs, inputs], so that the product of a single row is a reduction along rows of the
-matrix: one kernel at the pace of the memory. Along columns XLA for GPUs takes several times as long. The model computes
-with the same casts, so only the order of sums differs.
+A decoding step is bound by reading weights, so projections of the same input are one matrix product. Matrices of blocks
+are stored as [outputs, inputs], so that multiplying a single vector reduces along rows of the matrix, in one kernel at
+memory speed; reducing along columns takes XLA several times as long on GPUs. The model itself computes with the same
+casts, so only the order of summation differs.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from memjax.sharding.axes import fold, has_several_devices, on_own_tokens, unfol
 
 
 class JoinedAttention(Attention):
-    """Attention whose three projections are one matrix."""
+    """Attention with the query, key and value projections in one matrix."""
 
     def __init__(self, attention: Attention):
         _take_over(self, attention, without=("query", "key", "value", "out"))
@@ -49,7 +49,7 @@ class JoinedAttention(Attention):
 
 
 class JoinedFeedForward(FeedForward):
-    """SwiGLU whose two inner projections are one matrix."""
+    """SwiGLU with the gate and up projections in one matrix."""
 
     def __init__(self, feed_forward: FeedForward):
         self.joined = Joined.of(feed_forward.gate, feed_forward.up)
@@ -62,7 +62,7 @@ class JoinedFeedForward(FeedForward):
 
 
 class JoinedMemory(MemoryLayer):
-    """A memory layer whose projections of the input, queries and gate, are one matrix."""
+    """A memory layer with the query and gate projections in one matrix."""
 
     def __init__(self, layer: MemoryLayer):
         _take_over(self, layer, without=("gate_proj", "value_proj"))
@@ -88,7 +88,7 @@ class JoinedMemory(MemoryLayer):
         return out, (TableRead.bag(table, *lookup),)
 
     def _lookup(self, queries: Float[Array, "t width"]) -> Lookup:
-        """The slots of projected queries, on one device without a kernel for the weights."""
+        """The slots and weights of projected queries; on a single device, one operation gives both."""
         if has_several_devices():
             return self.keys.lookup(queries)
         keys, shape = self.keys, (queries.shape[0], self.picks)
@@ -97,7 +97,7 @@ class JoinedMemory(MemoryLayer):
         return Lookup(slots.reshape(shape), weights.reshape(shape))
 
     def _project(self, x: Array, bag: Array, gates: Sequence[Array], residual: Array | None = None) -> Array:
-        """The output from the bags and the input's gates."""
+        """The layer's output from its weighted sums of rows, `bag`, and the gate's projection of the input."""
         y, input_gate = unfold(bag, x).astype(x.dtype), gates[0] if gates else None
         if self.value is not None and self.output_gate is None and self.scale is None:
             return self.value(y, residual, input_gate)
@@ -106,7 +106,7 @@ class JoinedMemory(MemoryLayer):
 
 
 class JoinedBlock(Block):
-    """A block with joined projections, whose products add to the residual stream themselves."""
+    """A block with joined projections, which add their outputs to the residual stream themselves."""
 
     def __init__(self, block: Block):
         _take_over(self, block)
@@ -123,7 +123,7 @@ class JoinedBlock(Block):
         cache: KeyValues | None,
         tables: tuple[ValueTable, ...] = (),
     ) -> tuple[Float[Array, "b s dim"], KeyValues]:
-        if self.norm_placement == "post":  # what products give is normed before it is added
+        if self.norm_placement == "post":  # outputs are normalised before they are added
             return super().with_cache(x, positions, cache, tables)
         x, inputs = self.attention_norm(x)
         attended, cache = self.attention.with_cache(inputs, positions, cache)
@@ -140,17 +140,17 @@ class JoinedBlock(Block):
 
 
 def _take_over(target: nnx.Module, source: nnx.Module, without: Collection[str] = ()) -> None:
-    """Sets the attributes of a module as those of another, but for some."""
+    """Copies a module's public attributes to another module, except those in `without`."""
     for name, value in vars(source).items():
         if name not in without and not name.startswith("_"):
             setattr(target, name, value)
 
 
 class Joined(nnx.Module):
-    """Linear layers that read the same input, or a single one, stored as one matrix with a row for each output."""
+    """One or more linear layers with the same input, stored as one matrix with a row per output."""
 
     def __init__(self, kernels: Sequence[Array], biases: Sequence[Array], dtype: DTypeLike | None):
-        """Joins matrices, [inputs, outputs]; there is a bias for each, or none."""
+        """Joins matrices of shape [inputs, outputs]; either each has a bias or none has."""
         self.ends = tuple(itertools.accumulate(kernel.shape[1] for kernel in kernels))[:-1]
         self.dtype = dtype
         self.rows = nnx.Param(_joined([kernel.T for kernel in _readable(kernels)]))
@@ -158,7 +158,7 @@ class Joined(nnx.Module):
 
     @classmethod
     def of(cls, *layers: nnx.Linear) -> "Joined":
-        """Joins the layers' matrices; all of them have a bias, or none."""
+        """Joins the layers' matrices; either all layers have a bias or none has."""
         biases = [layer.bias[...] for layer in layers if layer.bias is not None]
         return cls([layer.kernel[...] for layer in layers], biases, layers[0].dtype)
 
@@ -168,7 +168,7 @@ class Joined(nnx.Module):
         residual: Float[Array, "*b outputs"] | None = None,
         input_gate: Float[Array, "*b inputs"] | None = None,
     ) -> Float[Array, "*b outputs"]:
-        """The layers' outputs for x, times the silu of an input gate, concatenated; added to a residual."""
+        """The layers' outputs for x * silu(input_gate), concatenated and added to the residual."""
         x, rows, bias, input_gate = self._promoted(x, input_gate)
         if _is_for_kernel(x) and (residual is None or residual.dtype == x.dtype):
             return _by_kernel(x, rows, residual=residual, bias=bias, input_gate=input_gate)
@@ -180,7 +180,7 @@ class Joined(nnx.Module):
         return out if residual is None else residual + out
 
     def _promoted(self, x: Array, input_gate: Array | None = None) -> tuple[Array, Array, Array | None, Array | None]:
-        """x, rows, bias and gate in one type."""
+        """x, rows, bias and gate, promoted to one type."""
         bias = None if self.bias is None else self.bias[...]
         return promote_dtype((x, self.rows[...], bias, input_gate), dtype=self.dtype)
 
@@ -189,7 +189,7 @@ class Joined(nnx.Module):
         return jnp.split(self(x), self.ends, axis=-1)
 
     def gated(self, x: Float[Array, "*b inputs"]) -> Float[Array, "*b outputs"]:
-        """SwiGLU: the silu of the first layer's output for x, times the second's."""
+        """SwiGLU: silu of the first layer's output times the second layer's output."""
         if _is_for_kernel(x):
             x, rows, bias, _ = self._promoted(x)
             return _by_kernel(x, rows, bias=bias, gated=True)
@@ -198,25 +198,25 @@ class Joined(nnx.Module):
 
 
 def _readable(arrays: Sequence[Array]) -> Sequence[Array | np.ndarray]:
-    """The arrays as NumPy's where it gets at them: it is done before XLA has compiled a program."""
+    """The arrays, on a single CPU device as NumPy arrays: NumPy is done before XLA would have compiled a program."""
     on_cpu = jax.default_backend() == "cpu" and not has_several_devices()
     return [np.asarray(array) for array in arrays] if on_cpu else arrays
 
 
 def _joined(arrays: Sequence[Array | np.ndarray]) -> Array:
-    """Arrays one below the other."""
+    """The arrays concatenated along the first axis."""
     if all(isinstance(array, np.ndarray) for array in arrays):
         return jax.device_put(np.concatenate(arrays))
     return jnp.concatenate(arrays)
 
 
 def _is_for_kernel(x: Array) -> bool:
-    """Whether x is a single vector, and a GPU can run the kernel for it."""
+    """Whether x is a single vector, and the device can run the Triton kernel for it."""
     return x.size == x.shape[-1] and not has_several_devices() and dispatch.choose("matvec", None, x.dtype) == "triton"
 
 
 def _by_kernel(x: Array, rows: Array, *, gated: bool = False, **vectors: Array | None) -> Array:
-    """`matvec` of x and other vectors with leading axes of length 1."""
+    """`matvec` for x and other vectors whose leading axes have length 1."""
     given = {name: array.reshape(-1) for name, array in vectors.items() if array is not None}
     settings = {"names": tuple(given), "gated": gated}
     return on_own_tokens(_matvec, (x.reshape(1, -1),), (rows, *given.values()), **settings).reshape(*x.shape[:-1], -1)
@@ -227,21 +227,21 @@ def _matvec(x: Array, rows: Array, *vectors: Array, names: tuple[str, ...], gate
 
 
 class Prepared(NamedTuple):
-    """A model as decoding reads it, and the same split for compiled programs."""
+    """A model prepared for decoding, whole and split into the parts that compiled programs take."""
 
     model: Decoder
     graphdef: Any
     structure: Any
-    """Tree structure of the state, whose leaves follow."""
+    """Tree structure of the state with these `leaves`."""
     leaves: tuple[Array, ...]
     """A flat tuple, because every call of a program flattens its arguments."""
 
 
 def prepare(model: Decoder) -> Prepared:
-    """The model with joined projections, and with matrices in the type that it computes in where that is narrower.
+    """The model with joined projections, and with matrices cast to the compute type if that is narrower.
 
-    The blocks' matrices are copied, joined and transposed; all other arrays, tables among them, are the model's own and
-    take no more memory. The result is cached as long as the model lives and has the same arrays.
+    The blocks' matrices are copied, joined and transposed; other arrays, including tables, are shared with the model
+    unless they are cast. The result is cached for as long as the model lives and keeps the same arrays.
     """
     graphdef, tables, params = nnx.split(model, TableRows, ...)
     arrays = jax.tree.leaves((tables, params))
@@ -249,7 +249,7 @@ def prepare(model: Decoder) -> Prepared:
     if known is not None and len(known[0]) == len(arrays) and all(map(operator.is_, known[0], arrays)):
         return known[1]
     dtype = resolve_dtype(model.config.dtype)
-    # Narrowed first: of what is joined there are two copies for a moment.
+    # Cast first: while matrices are joined, there are two copies of them.
     joined = nnx.merge(graphdef, tables, jax.tree.map(partial(_narrowed, dtype=dtype), params))
     blocks: list[Block] = [JoinedBlock(block) for block in joined.blocks]
     joined.blocks = nnx.List(blocks)
@@ -264,5 +264,5 @@ _prepared: weakref.WeakKeyDictionary[Decoder, tuple[list[Array], Prepared]] = we
 
 
 def _narrowed(weight: Array, *, dtype: DTypeLike) -> Array:
-    """A matrix in a type; vectors (norms, biases) are used in the type in which they are kept."""
+    """A matrix cast to a narrower type; vectors (norms, biases) keep their type."""
     return weight.astype(dtype) if weight.ndim >= 2 and jnp.dtype(dtype).itemsize < weight.dtype.itemsize else weight

@@ -563,8 +563,8 @@ def test_an_engine_that_fails_tells_its_clients_and_goes_on(capfd):
         ({"prompt": "x", "frequency_penalty": True}, "frequency_penalty", "frequency_penalty=true must be a number"),
         ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", "not served"),
         ({"prompt": "x", "user": 5}, "user", "user=5 must be a string"),
-        ({"prompt": "x", "max_token": 5}, "max_token", '"max_token" is no field of this request; known: '),
-        ({"prompt": "x", "a\x1b\ud800b": 5}, "a\x1b\ud800b", '"a\\u001b\\ud800b" is no field'),
+        ({"prompt": "x", "max_token": 5}, "max_token", '"max_token" is not a field of this request; known: '),
+        ({"prompt": "x", "a\x1b\ud800b": 5}, "a\x1b\ud800b", '"a\\u001b\\ud800b" is not a field'),
     ],
 )
 def test_what_is_wrong_is_named_with_its_rule(server, body, param, words):
@@ -595,11 +595,11 @@ def test_everything_that_is_wrong_is_listed_and_null_means_the_default(server):
         (b"[1]", "the body is a list, not a JSON object"),
         (b"null", "the body is null, not a JSON object"),
         (b'"\xff"', "the body is not UTF-8 (byte 1)"),
-        (b'{"prompt": NaN}', "NaN is no number in JSON"),
+        (b'{"prompt": NaN}', "NaN is not valid JSON"),
         (b'{"prompt": "x", "temperature": 1e999}', "temperature=Infinity must be"),
         (b'{"prompt": "x", "n": ' + b"1" * 5000 + b"}", "the body is not JSON"),
         (b'{"prompt": "x", "n": ' + b"1" * 4000 + b"}", "n=a number of more than 70 digits times 1 prompts is more"),
-        (b'{"prompt": "a", "prompt": "b"}', '"prompt" is there twice'),
+        (b'{"prompt": "a", "prompt": "b"}', '"prompt" appears twice'),
         (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "the body is not JSON (it is nested too deeply)"),
     ],
 )
@@ -619,7 +619,7 @@ def test_duplicate_names_are_found_in_linear_time():
             return super().__eq__(other)
 
     names = [Name(number) for number in range(300)]
-    with pytest.raises(ValueError, match='"299" is there twice'):
+    with pytest.raises(ValueError, match='"299" appears twice'):
         unique_names([(name, None) for name in [*names, Name(299)]])
     assert Name.compared < 1000
 
