@@ -21,7 +21,7 @@ def bench(monkeypatch):
 
 
 @pytest.mark.slow
-def test_predictions_are_set_beside_what_a_step_takes_and_the_record_keeps_other_cases(tmp_path):
+def test_predictions_are_compared_with_steps_and_the_record_keeps_other_cases(tmp_path):
     rows = [{"part": "dense", "case": "a case of another day"}, {"part": "planner", "case": "long rows, nothing again"}]
     (tmp_path / "record.json").write_text(json.dumps({"command": "another", "rows": rows}))
     command = [sys.executable, str(BENCH), "--small", "--only", "planner", "--out", str(tmp_path), "--stem", "record"]

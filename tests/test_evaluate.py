@@ -140,7 +140,7 @@ def test_text_is_generated_from_a_prompt(biographies, capsys):
     assert re.fullmatch(rf"{len(tokens)} tokens, the first after \d+\.\d s, {rate}\n", printed.err)
 
 
-def test_the_rate_of_tokens_is_without_the_time_that_compiling_takes(biographies, monkeypatch, capsys):
+def test_the_rate_of_tokens_excludes_compilation(biographies, monkeypatch, capsys):
     def pieces(*_, **__):
         yield "a"
         jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 1000.0)
@@ -207,7 +207,7 @@ def test_prompts_are_read_from_a_pipe(biographies, capsys, monkeypatch):
     assert first == second
 
 
-def test_a_prompt_from_a_pipe_that_is_no_utf8_is_named(biographies, capsys, monkeypatch):
+def test_a_prompt_from_a_pipe_that_is_not_utf8_is_named(biographies, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors="surrogateescape"))
     assert generate.main([biographies]) == 3
     assert r"standard input: the prompt 'caf\udce9' is not UTF-8" in capsys.readouterr().err
@@ -289,7 +289,7 @@ def test_missing_texts_end_with_3_and_missing_checkpoints_with_4(biographies, tm
     assert "there is no step 8" in capsys.readouterr().err
 
 
-def test_an_interrupt_that_nobody_catches_ends_without_a_traceback(capsys):
+def test_an_uncaught_interrupt_ends_without_a_traceback(capsys):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -297,7 +297,7 @@ def test_an_interrupt_that_nobody_catches_ends_without_a_traceback(capsys):
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-def test_what_the_system_refuses_is_a_line_with_the_path(tmp_path, capsys):
+def test_system_errors_are_one_line_with_the_path(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert exit_code(lambda: (tmp_path / "file" / "x").write_text("")) == 4
     assert capsys.readouterr().err == f"{tmp_path}/file is a file, where a folder is needed; name another\n"

@@ -96,7 +96,7 @@ def test_no_jax_is_needed(runs, tmp_path):
     assert done.returncode == 0
 
 
-def test_what_cannot_be_written_ends_with_4_and_a_line(runs, tmp_path, capsys):
+def test_what_cannot_be_written_ends_with_4_and_one_line(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert plot.main([*runs, "--out", str(tmp_path / "file/all.png")]) == 4
     error = capsys.readouterr().err

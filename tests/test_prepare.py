@@ -51,7 +51,7 @@ def test_ctrl_c_ends_it_with_130(mixture, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_mixture_reads_what_was_prepared_and_tells_each_part(mixture, tmp_path, monkeypatch, capsys):
+def test_a_run_on_a_mixture_reads_prepared_data_and_reports_each_part(mixture, tmp_path, monkeypatch, capsys):
     arguments = [*MODEL.split(), *mixture, "--data.malformed", "skip"]
     assert prepare.main(arguments) == 0
     printed = capsys.readouterr().out

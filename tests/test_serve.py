@@ -59,7 +59,7 @@ def test_impossible_settings_are_refused(settings, problem, capsys):
     assert problem in capsys.readouterr().err
 
 
-def test_an_address_that_is_taken_or_not_of_this_machine_is_refused_before_the_model_is_read(capsys):
+def test_an_address_in_use_or_of_another_machine_is_refused_before_the_model_is_read(capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -107,7 +107,7 @@ def test_a_search_marks_tokens_and_slots_and_patches_are_marked(open_page, value
 
 @pytest.mark.parametrize("width", [1200, 400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_the_window_and_text_stands_out(open_page, width, scheme):
+def test_nothing_is_wider_than_the_window_and_text_has_contrast(open_page, width, scheme):
     page = open_page(width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     cards = page.locator(".layers .card").evaluate_all("cards => cards.map(card => card.getBoundingClientRect().left)")

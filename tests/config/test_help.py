@@ -83,7 +83,7 @@ def test_help_for_an_unknown_name_is_refused_with_a_hint(capsys):
         assert f"--help {topic}: there is no such section or setting; {hint}" in capsys.readouterr().err
 
 
-def test_help_fits_a_narrow_terminal_but_for_names_and_goes_on_without_one(capsys, monkeypatch):
+def test_help_fits_a_narrow_terminal_except_for_names_and_survives_a_closed_pipe(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     shown = help_of(capsys, "data")
     assert all(len(line) <= 30 or line.startswith("  --") for line in shown.splitlines())

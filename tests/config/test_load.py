@@ -207,7 +207,7 @@ def test_a_folder_without_settings_is_no_run_and_the_message_says_what_to_name(h
 
 
 @pytest.mark.parametrize("damage", ["", "\0\0", "# nothing\n", "run: [", "text"])
-def test_damaged_settings_of_a_run_are_not_the_defaults_and_the_message_says_how_to_go_on(here, capsys, damage):
+def test_damaged_settings_of_a_run_are_not_defaults_and_the_message_says_how_to_continue(here, capsys, damage):
     (here / "run/checkpoints").mkdir(parents=True)
     (here / "run/config.yaml").write_text(damage)
     with pytest.raises(SystemExit):

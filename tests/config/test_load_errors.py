@@ -510,7 +510,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_is_refused_in_a_line(here, capsys, name):
+def test_hostile_text_is_refused_in_one_line(here, capsys, name):
     text, words, problem = HOSTILE[name]
     Path("config.yaml").write_text(text)
     start = time.process_time()
@@ -521,7 +521,7 @@ def test_hostile_text_is_refused_in_a_line(here, capsys, name):
     assert all(line.isprintable() for line in lines)
 
 
-def test_a_name_that_no_file_can_have_is_refused_in_a_line(capsys):
+def test_an_impossible_file_name_is_refused_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(["n" * 300])
     printed = capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_weights_are_shares_of_the_tokens(mixture):
     np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.02)
 
 
-def test_each_part_has_epochs_of_its_own_without_its_held_out_records(mixture):
+def test_each_part_has_its_own_epochs_without_its_held_out_records(mixture):
     texts = texts_of(take(mixture, 25))
     for letter, count in (("a", 54), ("p", 18), ("t", 36)):
         names = [text[:3] for text in texts if text[:1] == letter]
@@ -115,7 +115,7 @@ def test_validation_mixes_what_is_held_out_and_is_the_same_every_time(mixture):
     assert {name[0] for name in found} == {"a", "p", "t"}
 
 
-def test_validation_may_have_files_of_its_own(mixture, tmp_path):
+def test_validation_may_have_its_own_files(mixture, tmp_path):
     (tmp_path / "v.txt.gz").write_bytes(gzip.compress(b"v0\nv1"))
     config = dataclasses.replace(mixture, validation_path=str(tmp_path / "v.txt.gz"))
     dataset = open_dataset(config, BYTES)
@@ -225,7 +225,7 @@ def batches_until_killed(folder, config, places, count):
 
 
 @pytest.mark.slow
-def test_a_mixture_goes_on_exactly_after_kill_9_at_any_number_of_workers(tmp_path, mixture):
+def test_a_mixture_resumes_exactly_after_kill_9_at_any_number_of_workers(tmp_path, mixture):
     config = dataclasses.replace(mixture, packing="first_fit")
     straight = batches_until_killed(tmp_path, config, [], 40)
     resumed = batches_until_killed(tmp_path, config, [place for place, _ in straight[23]], 17)

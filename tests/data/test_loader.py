@@ -202,7 +202,7 @@ def test_the_seed_decides(text_config, packing):
     take(config, 1, seed=2**40)
 
 
-def test_biographies_are_worded_anew_in_every_epoch():
+def test_biographies_have_new_wordings_in_every_epoch():
     num_records = len(SplitRecords(open_dataset(BIOGRAPHIES, BYTES).train))
     assert num_records == 20 * 6 + 10 * 6
     whole = texts_of(take(BIOGRAPHIES, 2 * num_records // 8))

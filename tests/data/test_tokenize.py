@@ -20,7 +20,7 @@ def test_remembered_texts_are_encoded_as_before(monkeypatch):
             assert [tuple(pair) for pair in reader([i], rng).pairs] == pairs_by_hand(record)
 
 
-def test_joined_readers_count_on_and_name_the_part():
+def test_joined_readers_index_all_records_and_name_the_part():
     parts = [["a", "bc"], ["d"], ["ef", "g", "h"]]
     readers = [tokenize.TextReader(Listed([(Segment(t, True),) for t in texts]), ByteTokenizer()) for texts in parts]
     joined = tokenize.joined(readers)

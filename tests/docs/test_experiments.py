@@ -81,7 +81,7 @@ def test_what_the_readmes_show_is_what_the_command_makes_of_the_results(folder, 
         assert f"{run.SUMMARY}\n\n{run.summary(rows)}\n\n<!-- end" in (ROOT / "README.md").read_text()
 
 
-def test_every_folder_of_experiments_is_explained_and_results_are_merged_as_told(tmp_path, monkeypatch):
+def test_every_folder_of_experiments_is_explained_and_results_are_merged_as_described(tmp_path, monkeypatch):
     page = (ROOT / "experiments" / "README.md").read_text()
     folders = {path.name for path in (ROOT / "experiments").iterdir() if path.is_dir() and path.name[0] not in "._"}
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == folders - {"__pycache__"}

@@ -15,7 +15,7 @@ def code_cells(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_is_committed_is_one_run_from_top_to_bottom_without_an_error(path):
+def test_committed_notebooks_ran_from_top_to_bottom_without_an_error(path):
     cells = code_cells(path)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]

@@ -136,7 +136,7 @@ def test_links_lead_somewhere(path, generated):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_names_in_links_to_code_are_there(path):
+def test_names_in_links_to_code_exist(path):
     for name, target in re.findall(r"\[`([\w.]+)`\]\((\.\./[\w/]+\.py)\)", path.read_text()):
         file = path.parent / target
         if name != file.name:

@@ -57,7 +57,7 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_facts_are_learned_shown_and_taken_back(run, tmp_path, capsys):
+def test_facts_are_learned_shown_and_reverted(run, tmp_path, capsys):
     people, patches = tmp_path / "people.jsonl", tmp_path / "people"
     facts = facts_about(2)
     people.write_text("".join(json.dumps(fact) + "\n" for fact in facts))

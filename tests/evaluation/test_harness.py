@@ -305,7 +305,7 @@ def test_generation_settings_that_cannot_be_met_are_refused(harness, rule, messa
         harness._writing(rule)
 
 
-def test_no_token_is_written_where_none_is_asked_for(harness, found, tmp_path):
+def test_no_token_is_generated_if_none_is_requested(harness, found, tmp_path):
     kept = []
     rule = {"doc_to_text": "{{q}}", "doc_to_target": "", "output_type": "generate_until"}
     rule |= {"generation_kwargs": {"max_gen_toks": 0}, "metric_list": [metric("exact_match")]}

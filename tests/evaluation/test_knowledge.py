@@ -105,7 +105,7 @@ def test_a_model_that_is_never_surprised_knows_all_there_is(monkeypatch):
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_a_part_of_the_people_stands_for_all(monkeypatch):
+def test_a_sample_of_people_represents_all(monkeypatch):
     without_a_model(monkeypatch, 2.0)
     data = DataConfig(biographies=BiographiesConfig(num_people=10))
     report = knowledge_report(tiny(), ByteTokenizer(), data, limit_people=3)
@@ -122,7 +122,7 @@ def test_worse_than_uniform_is_below_zero_and_reported(monkeypatch):
     assert "-60 of 40, worse than a uniform guess" in format_knowledge_report(report)
 
 
-def test_without_tables_there_is_no_figure_for_them(monkeypatch):
+def test_without_tables_there_are_no_bits_per_table_parameter(monkeypatch):
     without_a_model(monkeypatch, 0.0)
     report = knowledge_report(tiny(False), ByteTokenizer(), DataConfig(biographies=BiographiesConfig(num_people=1)))
     assert report["bits_per_table_parameter"] is None

@@ -98,7 +98,7 @@ def test_recall_is_what_greedy_generation_answers():
         assert found.by_attribute == {"major": np.mean(greedy[::2]), "employer": np.mean(greedy[1::2])}
 
 
-def test_no_questions_are_refused():
+def test_zero_questions_are_refused():
     with pytest.raises(ValueError, match="no questions"):
         recall(tiny(), ByteTokenizer(), [])
 

@@ -33,7 +33,7 @@ def test_new_facts_are_about_others_than_the_old_and_asked_in_wordings_that_are_
         assert [len(wording) for wording in fact.fact.wordings] == [2] * facts.TRAINED
 
 
-def test_lora_begins_at_the_base_and_reaches_every_matrix_of_the_blocks():
+def test_lora_starts_at_the_base_and_reaches_every_matrix_of_the_blocks():
     parts = DecoderParts.of(
         ModelConfig(dim=8, num_layers=2, num_heads=2, ffn_dim=12, vocab_size=300, memory=None), attention="xla"
     )

@@ -229,7 +229,7 @@ def test_the_rates_are_those_of_the_grid_for_every_family(run):
     assert run.rates_of("memory_plus", {}) == run.MIDDLE
 
 
-def test_every_run_has_a_name_of_its_own_and_a_config_that_loads(run):
+def test_every_run_has_a_unique_name_and_a_valid_config(run):
     runs = [one for stage in run.STAGES for one in run.runs_of(stage, run.SIZES["full"], {}, "data", "work")]
     assert len({one.name for one in runs}) == len(runs)
     for config, settings in {one.kind for one in runs}:

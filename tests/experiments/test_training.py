@@ -120,6 +120,6 @@ def test_a_run_that_would_miss_its_deadline_ends_early(trainer):
         trainer.run(RATES, exposures=1e4, seed=0, deadline=0.0)
 
 
-def test_rates_of_their_own_are_refused(rows):
+def test_a_config_with_its_own_rates_is_refused(rows):
     with pytest.raises(ValueError, match=r"optim must have lr=1.*rates are given"):
         training.FactTrainer(config_of(rows, warmup_steps=5), rows)

@@ -144,7 +144,7 @@ def test_each_prompt_ends_for_itself():
     assert found == [tokens[:length] for tokens, length in zip(whole, lengths, strict=True)]
 
 
-def test_equal_prompts_of_other_numbers_are_drawn_anew():
+def test_equal_prompts_with_other_numbers_get_other_draws():
     texts = side_by_side(tiny(True, 2), [prompt(17)] * 3, 12, sampling=SAMPLINGS["drawn"])
     assert len(set(map(tuple, texts))) == 3
 
@@ -218,7 +218,7 @@ def test_requests_that_join_and_leave_write_what_they_write_alone(chunk):
     assert [finishes[number] for number in range(6)] == ["length", "stop", "length", "length", "length", "length"]
 
 
-def test_a_slot_that_was_released_takes_another_text():
+def test_a_released_slot_accepts_another_text():
     model = tiny(True, 2)
     writer = Engine(model, num_slots=2)
     first, second = writer.insert([request(5), request(9)])
@@ -467,7 +467,7 @@ def num_compiled(model: Decoder) -> list[int]:
 
 
 @pytest.mark.slow
-def test_nearby_lengths_share_what_is_compiled():
+def test_nearby_lengths_share_compiled_programs():
     model = tiny(True, 2)
     list(generate(model, prompt(9), max_tokens=8))
     compiled = num_compiled(model)

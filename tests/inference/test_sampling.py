@@ -76,7 +76,7 @@ def test_infinities_and_huge_numbers_keep_their_order():
         assert np.flatnonzero(kept[0]).tolist() == list(range(6 - top_k, 6))
 
 
-def test_the_smallest_temperature_takes_the_likeliest_token():
+def test_the_smallest_temperature_gives_the_likeliest_token():
     logits = jnp.asarray([[1.0, 5.0, 9.0, 3.0]])
     settings = SamplingConfig(temperature=1.3e-38, top_p=1.3e-38)
     rules = Rules.of([(settings, 0)])

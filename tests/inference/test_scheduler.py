@@ -116,7 +116,7 @@ def test_a_single_prompt_waits_only_for_a_moment():
     assert len(engine.tokens_left()) == 10, "no request had ended"
 
 
-def test_running_texts_go_on_between_prompts_that_are_only_scored(monkeypatch):
+def test_running_texts_continue_between_prompts_that_are_only_scored(monkeypatch):
     monkeypatch.setattr(scheduler_module, "_CHUNK_SECONDS", 0.05)
     engine, enough = Scripted(num_tokens=10**9), threading.Event()
 

@@ -68,7 +68,7 @@ def test_few_programs_are_compiled_and_equal_rows_are_computed_once(drawn_model,
     assert len(rows) == 3
 
 
-def test_every_number_of_likeliest_tokens_takes_one_of_two_programs(drawn_model):
+def test_every_number_of_likeliest_tokens_uses_one_of_two_programs(drawn_model):
     program: Any = scoring._prompt_likelihoods
     before = program._cache_size()
     scorers = itertools.cycle([scoring.PromptScorer(drawn_model), scoring.PromptScorer(drawn_model)])

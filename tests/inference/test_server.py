@@ -208,7 +208,7 @@ def test_several_prompts_and_choices_are_each_what_they_are_alone(server):
     assert len(set(texts)) == 6
 
 
-def test_token_ids_are_prompts_too_and_get_the_begin_token_once(server):
+def test_token_ids_are_valid_prompts_and_get_the_begin_token_once(server):
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode("What is")
     expected = alone("What is", max_tokens=8).text
@@ -267,7 +267,7 @@ def test_letters_of_several_bytes_are_not_cut(server):
     assert joined(events) == text
 
 
-def test_stop_strings_end_texts_wherever_pieces_part(server):
+def test_stop_strings_end_texts_across_pieces(server):
     text = alone("What is", max_tokens=40, temperature=1.0, seed=1).text
     stops = [text[start : start + length] for start, length in ((3, 1), (5, 3), (9, 7))]
     for stop in [(stops[0],), (stops[1],), (stops[2],), (*stops[1:], "never there")]:
@@ -489,7 +489,7 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back():
 # The first server in a process configures logging, which closes the stream of absl's handler unless it is sys.stderr,
 # so another one starts before capfd replaces that.
 @pytest.mark.usefixtures("server")
-def test_an_engine_that_fails_tells_its_clients_and_goes_on(capfd):
+def test_a_failing_engine_reports_to_its_clients_and_continues(capfd):
     with running() as server:
         expected = server.ask(prompt="x", max_tokens=4, temperature=0)["choices"]
         step = server.engine.step
@@ -787,7 +787,7 @@ def test_clients_beyond_the_limit_get_an_error_except_at_health():
             client.close()
 
 
-def test_draining_ends_what_runs_and_takes_nothing_new():
+def test_draining_finishes_running_requests_and_accepts_no_new_ones():
     with running(slow=0.02) as server:
         connection = server.connect()
         asked = {"prompt": "x", "max_tokens": 40, "ignore_eos": True}

@@ -70,7 +70,7 @@ def test_tables_and_vectors_stay_the_models_own_and_matrices_are_narrowed():
     assert model.embed.embedding.dtype == model.blocks[0].attention.query.kernel.dtype == jnp.float32
 
 
-def test_weights_are_prepared_once_and_anew_when_the_model_was_changed():
+def test_weights_are_prepared_once_and_again_after_a_change_of_the_model():
     model = tiny(dtype="float32", **kinds()["memory"])
     ready = prepare(model).model
     assert prepare(model).model is ready

@@ -39,7 +39,7 @@ def test_a_full_disk_is_reported(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_name_the_folder_that_was_asked_for(tmp_path):
+def test_errors_name_the_requested_folder(tmp_path):
     with pytest.raises(CheckpointError, match=rf"^{tmp_path}/out/checkpoints: full$"):
         write_and_fail(tmp_path / "out", CheckpointError(f"{tmp_path}/.out.unfinished/checkpoints: full"))
 
@@ -75,7 +75,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
     assert (tmp_path / "out" / "file").read_text() == "first"
 
 
-def test_only_an_empty_folder_is_taken(tmp_path):
+def test_only_an_empty_folder_is_accepted(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     with written_whole(tmp_path / "empty") as folder:

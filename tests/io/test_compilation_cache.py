@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_made_turns_it_off(tmp_path, monkeypatch, capsys
     assert compilation_cache.enable(None) is None
 
 
-def test_machines_with_other_instructions_have_folders_of_their_own(monkeypatch):
+def test_machines_with_other_instruction_sets_have_their_own_folders(monkeypatch):
     def cpu(flags):
         lines = f"processor : 0\ncpu MHz : {time.time()}\nmodel name : X\nflags : {flags}\n"
         monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: lines)
@@ -90,7 +90,7 @@ def test_machines_with_other_instructions_have_folders_of_their_own(monkeypatch)
     assert cpu("sse").startswith("jaxlib-0.10.2-")
 
 
-def test_the_oldest_entries_go_when_there_are_too_many(tmp_path, monkeypatch):
+def test_the_oldest_entries_are_removed_when_there_are_too_many(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
     for age, name in enumerate(["new", "used", "old", "oldest"]):
         path = tmp_path / f"{name}-cache"

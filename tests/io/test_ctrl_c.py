@@ -92,7 +92,7 @@ run_command(main)
         "a thread at work",
     ],
 )
-def test_ctrl_c_ends_a_command_in_a_line_wherever_it_comes(how):
+def test_ctrl_c_ends_a_command_with_one_line_whenever_it_comes(how):
     done = subprocess.run([sys.executable, "-c", LOST, how], capture_output=True, text=True, check=False, timeout=120)
     expected = (0, "") if how in ("heard", "ignored") else (130, "\ninterrupted\n")
     if how == "cleaning up":
@@ -179,7 +179,7 @@ RUN(main)
 
 
 @pytest.mark.parametrize("runs", ["run_command", "run_program"])
-def test_what_libraries_print_goes_into_no_file_where_there_is_no_output(tmp_path, runs):
+def test_without_standard_output_libraries_do_not_print_into_files(tmp_path, runs):
     program = shlex.quote(WITHOUT_FILES.replace("RUN", runs))
     command = f"exec {sys.executable} -c {program} <&- >&- 2>&-"
     done = subprocess.run(

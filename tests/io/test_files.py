@@ -59,7 +59,7 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_errors_name_the_file_that_was_asked_for(tmp_path: pathlib.Path) -> None:
+def test_errors_name_the_requested_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / ("n" * 255)
     with pytest.raises(OSError, match=f"File name too long: '{path}'"):
         write_atomic(path, "new")

@@ -129,7 +129,7 @@ def test_links_and_other_things_in_its_place_are_refused_and_not_written(tmp_pat
     assert theirs.read_text() == "theirs"
 
 
-def test_a_folder_that_takes_no_file_is_an_error():
+def test_a_folder_that_cannot_hold_files_is_an_error():
     with pytest.raises(FileNotFoundError, match="/proc/memjax"):
         take(pathlib.Path("/proc/memjax"))
 

@@ -135,7 +135,7 @@ def test_tables_that_devices_share_by_columns_learn_the_same_rows(model_of, opti
         np.testing.assert_allclose(table, of_one[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_step_is_compiled_once_for_a_model_on_a_device_of_its_own(model_of, caplog):
+def test_the_step_is_compiled_once_for_a_model_committed_to_a_device(model_of, caplog):
     parts, params, tables = split_decoder(model_of("memory_plus"))
     model = parts.merge(*jax.device_put((params, tables), jax.devices()[0]))  # committed, like a loaded model
     recipe = Recipe(rows=3, lr=0.3, epochs=3, batch_size=3, replay=0)

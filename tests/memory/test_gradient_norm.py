@@ -49,7 +49,7 @@ def test_the_norm_is_that_of_the_dense_gradient_and_the_table_stays(shape, way):
     np.testing.assert_allclose(square, by_hand(gradients), rtol=1e-5)
 
 
-def test_it_takes_no_memory_of_the_tables_size():
+def test_it_needs_no_memory_of_the_tables_size():
     table = jax.ShapeDtypeStruct((2**22, WIDTH), jnp.float32)
     measure = lambda table, gradients: squared_norm(table, gradients, implementation="xla")
     memory = jax.jit(measure, donate_argnums=0).lower(table, [drawn(1)]).compile().memory_analysis()

@@ -114,7 +114,7 @@ def test_lookup_weights_of_every_head_add_up_to_one():
     assert int(lookup.indices.max()) < NUM_KEYS**2
 
 
-def test_activations_have_the_type_that_was_asked_for():
+def test_activations_have_the_requested_type():
     layer, table = build(dtype=jnp.float32)
     x = jnp.ones((2, DIM), jnp.bfloat16)
     assert jax.eval_shape(lambda: layer(x, table)).dtype == jnp.float32
@@ -146,7 +146,7 @@ def test_neither_gate_nor_table_decides_the_type_of_the_output(
     assert jax.eval_shape(output).dtype == expected
 
 
-def test_parameters_begin_as_the_paper_says():
+def test_parameters_are_initialised_as_in_the_paper():
     layer = MemoryLayer(64, num_keys=32, num_heads=2, key_dim=128, value_dim=256, rngs=nnx.Rngs(0))
     keys, kernel = layer.keys.keys[...], layer.keys.query_kernel[...]
     assert keys.shape == (2, 2, 32, 64)
@@ -163,7 +163,7 @@ def test_parameters_begin_as_the_paper_says():
         assert not np.any(bias[...])
 
 
-def test_queries_and_keys_are_told_apart_by_type():
+def test_queries_and_keys_are_distinguished_by_type():
     layer, table = build()
     addresses = nnx.to_flat_state(nnx.state(layer, QueryKeyParam))
     assert [path for path, _ in addresses] == [("keys", name) for name in ("keys", "query_bias", "query_kernel")]

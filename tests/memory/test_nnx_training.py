@@ -224,7 +224,7 @@ def test_a_step_without_ok_copies_no_table(limit):
     assert memory.temp_size_in_bytes < model.table.rows.nbytes / 2
 
 
-def test_the_step_of_a_model_on_a_device_of_its_own_is_compiled_once(caplog):
+def test_the_step_of_a_model_committed_to_a_device_is_compiled_once(caplog):
     @nnx.jit
     def small_step(model, optimizer, x):
         optimizer.update(model, memjax.value_and_grad(loss_fn)(model, x, x)[1])

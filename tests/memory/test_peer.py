@@ -164,7 +164,7 @@ def test_the_output_has_the_type_of_the_input():
         assert jax.eval_shape(model, jnp.ones((2, DIM), dtype)).dtype == dtype
 
 
-def test_the_output_has_the_type_that_was_asked_for():
+def test_the_output_has_the_requested_type():
     def output():
         inputs, outputs = (ValueTable(SLOTS, DIM, rngs=nnx.Rngs(0)) for _ in range(2))
         layer = PEERLayer(DIM, num_keys=NUM_KEYS, top_k=2, key_dim=4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -173,7 +173,7 @@ def test_the_output_has_the_type_that_was_asked_for():
     assert jax.eval_shape(output).dtype == jnp.bfloat16
 
 
-def test_the_layer_begins_as_its_section_says():
+def test_the_layer_is_initialised_as_its_section_says():
     section = PEERConfig(num_keys=9, num_heads=3, top_k=5, key_dim=12)
     model = nnx.eval_shape(lambda: PEERLayer(16, section, top_k=6, rngs=nnx.Rngs(0)))
     assert model.keys.keys.shape == (3, 2, 9, 6)

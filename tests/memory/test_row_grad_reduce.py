@@ -35,7 +35,7 @@ def test_bytes_by_hand():
         (2**28, 1, "auto", "all_reduce"),
     ],
 )
-def test_auto_takes_what_needs_fewer_bytes_and_a_wish_is_met(tokens, data_axis, wanted, expected):
+def test_auto_chooses_what_needs_fewer_bytes_and_explicit_choices_are_kept(tokens, data_axis, wanted, expected):
     assert choose(wanted, *shapes(tokens), data_axis=data_axis, memory_axis=1) == expected
 
 

@@ -49,7 +49,7 @@ def test_blocks_are_drawn_one_by_one_each_with_its_own_key():
     np.testing.assert_allclose(rows, np.concatenate(expected), rtol=1e-5)
 
 
-def test_rows_are_normal_with_the_standard_deviation_asked_for():
+def test_rows_are_normal_with_the_requested_standard_deviation():
     table = ValueTable(512, 128, init_scale=2.0, rngs=nnx.Rngs(0))
     assert isinstance(table.rows, TableRows)
     rows = np.asarray(table.rows[...], np.float64) / (2 * 128**-0.5)

@@ -139,7 +139,7 @@ def test_cache_filled_in_pieces_gives_what_all_tokens_at_once_give(dtype, window
         assert np.all(np.asarray(cache.keys)[:, :, LENGTH:] == 7)
 
 
-def test_rows_of_a_cache_have_places_of_their_own():
+def test_rows_of_a_cache_have_their_own_positions():
     layer, x = build(2)
     expected = run(layer, x, COUNTING)
     cache = KeyValues(*(jnp.full((2, 2, LENGTH + 2, DIM // HEADS), 7.0) for _ in range(2)))

@@ -184,7 +184,7 @@ def test_a_window_counts_the_tokens_that_are_seen():
     assert full - short == 12 * 3 * 16 * (64 * 64 / 2 - area) / 64
 
 
-def test_a_dry_run_tells_parameters_and_mesh():
+def test_a_dry_run_shows_parameters_and_mesh():
     config = load(RunConfig, CONFIGS / "134m_memory_plus_1m.yaml", ["--mesh.memory", "3"])
     text = describe(config, DecoderParts.of(config.model), data_axis=2)
     assert "805,306,368 (1 x 1,048,576 slots)" in text

@@ -151,7 +151,7 @@ def test_experts_without_tokens_learn_nothing():
 
 
 @pytest.mark.parametrize("name", ["top 2", "expert choice"])
-def test_with_the_routing_kept_nobody_chooses_or_sorts_twice(name):
+def test_with_the_routing_saved_nothing_is_chosen_or_sorted_twice(name):
     params, x = (jax.tree.map(np.float32, part) for part in draw())
 
     def choices(policy):

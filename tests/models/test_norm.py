@@ -21,7 +21,7 @@ def run(implementation, x):
     return jax.tree.leaves((normed, gradients))
 
 
-def test_rows_have_unit_mean_square_and_the_type_asked_for():
+def test_rows_have_unit_mean_square_and_the_requested_type():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)) * 7, jnp.float32)
     norm = RMSNorm(8, epsilon=0.0, dtype=jnp.bfloat16, param_dtype=jnp.float32)
     same, normed = norm(x)

@@ -47,7 +47,7 @@ def test_one_step_is_not_smoothed_and_long_runs_are_more():
     assert smoothing_window([run("a", 20)]) == 1
 
 
-def test_runs_are_called_by_what_tells_them_apart(tmp_path):
+def test_runs_are_named_by_what_distinguishes_them(tmp_path):
     for folder in ("one/base", "two/base", "two/wide"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
@@ -109,7 +109,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_pictures_are_drawn_of_whatever_there_is(tmp_path, name):
+def test_pictures_are_drawn_of_whatever_exists(tmp_path, name):
     draw(RUNS[name], tmp_path / "new" / "out.png")
     assert image.imread(tmp_path / "new" / "out.png").std() > 0.005, "the picture is blank"
 

@@ -67,7 +67,7 @@ def test_a_missing_file_has_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_numbers_that_json_lacks_become_null(tmp_path):
+def test_numbers_that_json_cannot_represent_become_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [1], nan=float("nan"), infinite=float("inf"), count=3)
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
@@ -133,7 +133,7 @@ def shown(written: str) -> list[str]:
     return re.sub(r"[^\n]*\r\x1b\[K", "", written).split("\n")
 
 
-def test_on_a_terminal_a_bar_stands_below_what_is_printed_and_leaves_nothing(monkeypatch):
+def test_on_a_terminal_the_bar_stays_below_the_output_and_is_removed(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -254,7 +254,7 @@ def test_lines_wait_while_the_disk_is_full_and_follow_in_order(tmp_path, monkeyp
     assert "can be written again; no step is missing" in capsys.readouterr().err
 
 
-def test_a_file_that_is_removed_while_it_is_written_begins_anew(tmp_path):
+def test_a_file_that_is_removed_while_it_is_written_starts_again(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     path.parent.mkdir()
     file = MetricsFile(path, last_step=0)

@@ -14,7 +14,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_lines_come_after_a_while_and_tell_what_is_left(clock, capsys):
+def test_lines_come_after_a_while_and_show_the_remaining_time(clock, capsys):
     with Progress(1, every_seconds=10.0) as shown:
         shown.update(0.0, "begun")
         clock[0] += 10

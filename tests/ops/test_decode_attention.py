@@ -79,7 +79,7 @@ def stepped(joined, keys, values, positions, window, angles=None):
 @every_implementation
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_token_attends_to_what_is_filled_and_in_the_window(implementation, window, shape):
+def test_a_token_attends_to_filled_positions_in_its_window(implementation, window, shape):
     arguments = draw(shape)
     out, *_ = compiled_step(implementation, window)(*arguments, None)
     np.testing.assert_allclose(out, stepped(*arguments, window)[0], rtol=2e-5, atol=2e-5)

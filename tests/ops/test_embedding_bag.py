@@ -205,7 +205,7 @@ def test_output_is_named_so_that_remat_keeps_it():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_arrays_of_numpy_are_taken(as_users_call, implementation):
+def test_numpy_arrays_are_accepted(as_users_call, implementation):
     table, indices, weights = np.ones((3, 4), np.float32), np.array([[0, 2]]), np.ones((1, 2), np.float32)
     np.testing.assert_array_equal(
         embedding_bag(table, indices, weights, implementation=implementation),  # pyright: ignore[reportArgumentType]
@@ -227,7 +227,7 @@ def test_tokens_with_an_index_outside_the_table_are_nan_and_have_no_gradient(as_
     np.testing.assert_array_equal(d_weights, np.where(inside, 4, 0) * np.ones(2))
 
 
-def test_a_promise_of_indices_is_taken_and_other_modes_are_refused(as_users_call):
+def test_promise_in_bounds_is_accepted_and_other_modes_are_refused(as_users_call):
     table, indices, weights = jnp.ones((3, 4)), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1))
     np.testing.assert_array_equal(embedding_bag(table, indices, weights, mode="promise_in_bounds"), np.ones((2, 4)))
     unknown: Any = "clip"

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-def test_auto_takes_triton():
+def test_auto_chooses_triton():
     assert dispatch.choose("embedding_bag", None) == "triton"
 
 

@@ -422,7 +422,7 @@ def test_xla_form_never_holds_every_picked_row(equations_of):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_indices_of_8_bits_and_gradients_of_an_iterator_are_taken(as_users_call, implementation):
+def test_eight_bit_indices_and_iterators_of_gradients_are_accepted(as_users_call, implementation):
     factors: Any = np.array([[200, 3]], np.uint8), np.ones((1, 2)), np.ones((1, 1))
     gradient, table = RowGradient(*factors), jnp.zeros((300, 1))
     run = lambda of: row_update(table, {}, of, RULES["sgd"], row_step(1, 0), implementation=implementation)

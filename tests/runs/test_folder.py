@@ -74,7 +74,7 @@ def test_the_console_script_is_recorded_as_it_was_typed(monkeypatch):
     assert shlex.split(command_line()) == ["python", "-m", "memjax", *words]
 
 
-def test_what_decides_what_is_learned_may_not_change(started):
+def test_settings_that_affect_learning_may_not_change(started):
     folder = started("--optim.lr 0.01").folder
     before = contents(folder.path)
     with pytest.raises(ConfigError) as caught:
@@ -193,7 +193,7 @@ def test_a_second_owner_is_refused_until_the_first_has_ended(tmp_path):
     assert [path.name for path in folder.path.iterdir()] == ["kept.json"]
 
 
-def test_a_folder_that_cannot_be_written_is_refused_in_a_line(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):
     def refusal(path: pathlib.Path) -> str:
         with pytest.raises(ConfigError) as caught, RunFolder(path).owned():
             pass

@@ -19,7 +19,7 @@ def test_a_disk_that_fills_up_is_an_error_and_no_shorter_file(tmp_path, num_rows
 
 
 @pytest.mark.parametrize("file", ["rows", "scales"])
-def test_a_record_that_lacks_a_file_of_its_format_is_refused(tmp_path, file):
+def test_a_record_without_a_file_of_its_format_is_refused(tmp_path, file):
     rows = np.ones((4, 64), np.float32)
     form = TableForm.of("shared", rows, formats.find("int8"))
     record = write_files(tmp_path, form, encoded([(0, rows)], form.format))

@@ -28,7 +28,7 @@ def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path):
     assert shlex.split(folder.resume_command)[-1] == str(folder.path)
 
 
-def test_a_summary_tells_what_its_last_row_has(tmp_path):
+def test_a_summary_shows_what_its_last_row_has(tmp_path):
     metrics = {"train/loss": None, "memory/L1/used_fraction": 0.5, "memory/L1/effective_fraction": None}
     folder = RunFolder(tmp_path)
     folder.write_json("summary.json", {"steps": 3, "metrics": metrics})

@@ -44,6 +44,6 @@ def test_after_one_learned_token_everything_may_come():
     first_batches.check(batch(0), last=True)
 
 
-def test_a_run_that_goes_on_may_end_without_a_learned_token():
+def test_a_resumed_run_may_end_without_a_learned_token():
     first_batches = FirstBatches(DataConfig(), first_step=3)
     first_batches.check(batch(0), last=True)

@@ -125,7 +125,7 @@ def test_only_the_best_state_so_far_is_saved_and_its_row_is_complete(trainer, va
     ]
 
 
-def test_a_validation_cut_short_is_made_up_where_the_run_goes_on(trainer, validating):
+def test_an_interrupted_validation_is_made_up_on_resumption(trainer, validating):
     validate = validating(None)
     step = Step(8, {})
     validate.after_step(trainer, step)
@@ -197,7 +197,7 @@ def test_slots_are_counted_over_windows_of_one_length(trainer):
 
 
 @pytest.mark.usefixtures("counting")
-def test_a_run_shorter_than_a_window_reports_and_goes_on_counting_when_it_is_extended(trainer):
+def test_a_run_shorter_than_a_window_reports_and_continues_counting_when_extended(trainer):
     trainer.state.reads = {"L1": jnp.int32(0)}
     usage = SlotUsage(10)
     assert usage_of(trainer, usage, 1, 6, every=10) == {6: (6, 6)}
@@ -275,7 +275,7 @@ def test_a_signal_ends_the_questions_about_facts_without_a_metric(trainer, monke
 
 
 @pytest.mark.parametrize("every", [5, None])
-def test_runs_are_asked_for_facts_where_the_config_says_so(tmp_path, every):
+def test_facts_are_asked_if_the_config_says_so(tmp_path, every):
     config = RunConfig(model=ModelConfig(num_layers=1, memory=None), eval=EvalConfig(recall_every=every))
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     found = with_standard_hooks([], TrainProgram.of(config), RunFolder(tmp_path), mesh)

@@ -98,7 +98,7 @@ def trainer_that_fails(message: str) -> type:
     return Failing
 
 
-def test_a_run_without_enough_memory_tells_what_it_needs_and_ends_with_7(run, monkeypatch):
+def test_a_run_without_enough_memory_reports_its_needs_and_ends_with_7(run, monkeypatch):
     message = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
     monkeypatch.setattr(main, "Trainer", trainer_that_fails(message))
     code, printed = run("large")
@@ -257,9 +257,7 @@ def test_a_validation_that_a_signal_cuts_short_is_made_up(run, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_run_whose_newest_checkpoint_has_no_tables_goes_on_from_the_newest_that_has(
-    run, tmp_path, monkeypatch, capsys
-):
+def test_a_run_resumes_from_the_newest_checkpoint_with_tables(run, tmp_path, monkeypatch, capsys):
     small = [
         "--model.num_layers",
         "1",

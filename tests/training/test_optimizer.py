@@ -69,7 +69,7 @@ def test_a_rate_has_no_jump_where_its_parts_join():
     assert np.abs(np.diff(rates)).max() <= 0.0101
 
 
-def test_tables_have_a_schedule_of_their_own(tiny):
+def test_tables_have_their_own_schedule(tiny):
     config = tiny.config("--optim.lr 0.1 --optim.table.lr 0.2 --optim.table.schedule cosine --train.steps 10")
     program = TrainProgram.of(config)
     steps = jnp.arange(10)

@@ -41,7 +41,7 @@ def test_on_a_mesh_and_with_blocks_computed_again_a_run_is_that_of_one_device(tr
         np.testing.assert_allclose(list(row.values()), list(expected.values()), rtol=1e-7)
 
 
-def test_experts_lie_in_pieces_on_the_devices(trained):
+def test_experts_are_split_over_the_devices(trained):
     matrices = trained("--train.remat block", (2, 4)).live.params["blocks"][0]["experts"]["down"][...]
     assert matrices.shape == (3, 24, 16)
     assert {piece.data.shape for piece in matrices.addressable_shards} == {(3, 3, 16)}

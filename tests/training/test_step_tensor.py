@@ -87,9 +87,7 @@ def test_a_run_over_the_tensor_axis_is_that_of_one_device(trained, model, mesh_s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("saved_on", "restored_on"), [((2, 2, 2), (4, 2, 1)), ((8, 1, 1), (1, 2, 4))])
-def test_a_run_goes_on_from_a_checkpoint_of_a_mesh_with_another_tensor_axis(
-    tiny, trained, tmp_path, saved_on, restored_on
-):
+def test_a_run_resumes_from_a_mesh_with_another_tensor_axis(tiny, trained, tmp_path, saved_on, restored_on):
     *first, last = tiny.batches(3)
     checkpoints = Checkpoints(tmp_path)
     for mesh_shape in (saved_on, restored_on):

@@ -43,7 +43,7 @@ def test_a_grid_is_every_combination_named_by_what_varies():
     assert found[0].arguments == ("--optim.lr", "1e-3", "--model.memory.layers", "[1, 3]")
 
 
-def test_settings_that_end_alike_keep_their_whole_names():
+def test_settings_with_the_same_last_part_keep_their_whole_names():
     assert sweep.points({"optim.lr": ["1"], "optim.table.lr": ["2"]})[0].name == "optim.lr=1,optim.table.lr=2"
 
 
@@ -83,7 +83,7 @@ def test_the_folder_of_a_run_cannot_hold_a_sweep(tmp_path, capsys):
     assert "a sweep starts from a YAML file or a preset" in capsys.readouterr().err
 
 
-def test_the_config_may_stand_after_settings_that_are_addresses(tmp_path, capsys):
+def test_the_config_may_follow_settings_that_are_addresses(tmp_path, capsys):
     (tmp_path / "small.yaml").write_text("train: {steps: 5}")
     settings = [
         "--data.source",
@@ -106,12 +106,12 @@ def test_values_that_folder_names_cannot_distinguish_get_numbers():
     ]
 
 
-def test_a_number_makes_no_name_that_another_run_has():
+def test_a_numbered_name_does_not_collide_with_another_run():
     names = [point.name for point in sweep.points({"data.path": ["a/b", "a_b", "a_b-1"]})]
     assert names == ["path=a_b-2", "path=a_b-3", "path=a_b-1"]
 
 
-def test_long_values_make_names_that_a_file_system_takes(tmp_path):
+def test_long_values_are_shortened_to_valid_file_names(tmp_path):
     for values in (
         ["é" * 300 + end for end in "abc"],
         ["a" * length for length in (234, 235, 236, 245, 246, 250)],
@@ -154,7 +154,7 @@ def test_every_combination_runs_and_the_first_failure_is_the_exit_code(program, 
     assert "lr=2: not a number after 0:0" in out
 
 
-def test_each_run_has_a_mirror_of_its_own(program, tmp_path):
+def test_each_run_has_its_own_mirror(program, tmp_path):
     pathlib.Path(program[1]).write_text(
         "import pathlib, sys\n"
         "words = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
@@ -165,7 +165,7 @@ def test_each_run_has_a_mirror_of_its_own(program, tmp_path):
     assert sorted(path.name for path in (tmp_path / "mirror").iterdir()) == ["lr=0.25", "lr=0.5"]
 
 
-def test_a_signal_goes_on_to_the_runs_and_starts_no_more(program, tmp_path, capsys):
+def test_a_signal_is_passed_to_the_runs_and_no_more_start(program, tmp_path, capsys):
     grid = sweep.points({"optim.lr": ["0.5", "0.25"]})
     started = time.monotonic()
 

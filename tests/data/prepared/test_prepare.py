@@ -64,7 +64,7 @@ def test_prepared_records_are_those_of_the_files(tmp_path, lines, kind, monkeypa
     assert prepared.manifest.largest_id == max(token for pairs in everything(direct) for token, _, _ in pairs[1:])
 
 
-def test_progress_tells_records_tokens_and_speed(tmp_path, lines, capsys):
+def test_progress_shows_records_tokens_and_speed(tmp_path, lines, capsys):
     prepare(corpus(lines), BYTES, tmp_path / "p", every_seconds=0.0)
     tokens = PreparedReader(tmp_path / "p", BYTES).manifest.tokens
     assert re.search(rf"100%  70 records  {tokens:,} tokens  [0-9,]+ tokens/s  elapsed 0 s", capsys.readouterr().out)
@@ -233,7 +233,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, lines):
     assert (tmp_path / "p" / "thesis.txt").exists()
 
 
-def test_a_disk_that_takes_nothing_is_an_error_that_says_so(tmp_path, lines, monkeypatch):
+def test_a_full_disk_is_reported_as_such(tmp_path, lines, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -39,7 +39,7 @@ def test_lists_hold_different_words_and_cities_follow_from_employers():
 
 
 @pytest.mark.parametrize("num_people", [1, 800, 20_000, 20_001])
-def test_everybody_has_a_name_of_their_own(num_people):
+def test_everybody_has_a_unique_name(num_people):
     everyone = people(BiographiesConfig(num_people=num_people))
     assert len({person.name for person in everyone}) == num_people
     assert {len(person.name.split()) for person in everyone} == {2 if num_people <= 20_000 else 3}
@@ -78,7 +78,7 @@ def test_people_are_either_asked_about_or_held_out(fraction, num_held_out):
 
 
 @pytest.mark.parametrize("form", ["fact", "biography"])
-def test_training_tells_everybody_and_asks_only_about_the_asked(form):
+def test_training_states_everybodys_facts_and_asks_only_about_the_asked(form):
     config = dataclasses.replace(CONFIG, form=form)
     asked = {person.name for person in biographies.people_asked_about(config, in_training=True)}
     records = exposures(config, np.random.default_rng(0))
@@ -108,7 +108,7 @@ def test_only_answers_are_learned_and_they_end_their_sentence(form):
         assert "{" not in text_of(record)
 
 
-def test_wordings_and_orders_are_drawn_anew():
+def test_wordings_and_orders_are_drawn_again():
     rng = np.random.default_rng(0)
     life = BiographyRecords(dataclasses.replace(CONFIG, form="biography"))
     texts = [text_of(life.draw(7, rng)) for _ in range(20)]

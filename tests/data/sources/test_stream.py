@@ -83,7 +83,7 @@ def test_text_is_read_line_by_line_without_blank_lines_marks_and_line_ends(tmp_p
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_lines_are_records_up_to_the_limit_whether_or_not_a_mark_begins_the_file(tmp_path, mark, end):
+def test_lines_are_records_up_to_the_limit_with_and_without_a_byte_order_mark(tmp_path, mark, end):
     path, limit = tmp_path / "a.txt", 10
     for size in range(limit - 3, limit + 4):
         path.write_bytes(f"{mark}{'x' * size}{end}next{end}".encode())
@@ -161,7 +161,7 @@ def test_an_empty_file_is_named(tmp_path, name):
     assert isinstance(error, MalformedError)
 
 
-def test_an_arrow_stream_that_was_cut_between_two_batches_is_not_taken_for_whole(tmp_path):
+def test_an_arrow_stream_that_was_cut_between_two_batches_is_not_taken_for_complete(tmp_path):
     path = tmp_path / "a.arrow"
     write_arrow(path, pyarrow.ipc.new_stream, rows_at_once=2)
     whole = path.read_bytes()
@@ -203,7 +203,7 @@ def streams_of(lines):
     return lzma.compress(b"".join(lines[:half])) + bytes(8) + lzma.compress(b"".join(lines[half:]))
 
 
-def test_streams_of_an_xz_file_are_read_to_the_end_or_the_damage_is_told(tmp_path):
+def test_streams_of_an_xz_file_are_read_to_the_end_or_the_damage_is_reported(tmp_path):
     path = tmp_path / "a.txt.xz"
     packed = streams_of([b"%d\n" % i for i in range(300)])
     path.write_bytes(packed)
@@ -217,7 +217,7 @@ def test_streams_of_an_xz_file_are_read_to_the_end_or_the_damage_is_told(tmp_pat
         assert "and what follows is lost" in str(error)
 
 
-def test_a_parquet_value_that_is_no_utf8_is_one_malformed_row(tmp_path):
+def test_a_parquet_value_that_is_not_utf8_is_one_malformed_row(tmp_path):
     path = tmp_path / "a.parquet"
     column = pyarrow.array([b"one", b"\xff", b"three"]).cast(pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
@@ -240,7 +240,7 @@ def test_columns_of_one_name_are_refused(tmp_path, suffix):
         read(path)
 
 
-def test_page_checksums_of_parquet_are_compared_where_there_are_any(tmp_path):
+def test_page_checksums_of_parquet_are_verified_if_present(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": ["needle in it" + "x" * 50] * 3})
     options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}

@@ -51,7 +51,7 @@ def test_every_text_comes_back_and_needs_no_special_token(opened, kind, text):
 
 @kinds
 @given(data=st.data())
-def test_special_tokens_are_read_and_written_where_that_is_asked_for(opened, kind, data):
+def test_special_tokens_are_read_and_written_on_request(opened, kind, data):
     chosen = opened[kind]
     pieces = data.draw(st.lists(st.sampled_from([*chosen.special_tokens, "the cat", " ", "é", "<"])))
     text = "".join(pieces)
@@ -121,7 +121,7 @@ def test_fingerprints_differ(opened):
     assert len({chosen.fingerprint for chosen in opened.values()}) == len(KINDS)
 
 
-def test_begin_and_end_are_found_by_their_names_or_named():
+def test_begin_and_end_are_found_by_common_names_or_given():
     llama = {"<|begin_of_text|>": 7, "<|end_of_text|>": 8, "<|eot_id|>": 9}
     assert begin_and_end(llama, None, None) == (7, 8)
     assert begin_and_end(llama, None, "<|eot_id|>") == (7, 9)

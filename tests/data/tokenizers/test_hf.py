@@ -89,7 +89,7 @@ def test_special_tokens_that_strip_take_the_spaces_around_them(description):
     assert len(ids) < len(HfTokenizer(description).encode_with_special(text))
 
 
-def test_the_space_that_a_pre_tokenizer_puts_in_front_is_taken_away_again(description):
+def test_the_space_that_a_pre_tokenizer_prepends_is_removed_again(description):
     prefixed = {**description, "pre_tokenizer": {**description["pre_tokenizer"], "add_prefix_space": True}}
     tokenizer = HfTokenizer(prefixed)
     assert tokenizer.adds_leading_space

@@ -94,7 +94,7 @@ def test_anything_but_a_file_of_ranks_is_refused(tokenizer_files):
     assert set(PATTERNS) == {"gpt2", "cl100k", "o200k"}
 
 
-def test_an_empty_token_keeps_its_rank_and_stands_for_nothing(tokenizer_files):
+def test_an_empty_token_keeps_its_rank_and_decodes_to_nothing(tokenizer_files):
     """Whisper's multilingual vocabulary ends with an empty token, written as base64 padding only."""
     content = (tokenizer_files / "ranks.tiktoken").read_bytes() + b"= 264\n"
     tokenizer = TiktokenTokenizer.of_file(content, pattern="gpt2", special_tokens=("<|endoftext|>",))

@@ -46,7 +46,7 @@ def asked(monkeypatch) -> list[tuple[str, str]]:
     return pairs
 
 
-def test_a_limit_takes_questions_from_all_over_the_set(model, asked):
+def test_a_limit_spreads_the_questions_over_the_whole_set(model, asked):
     report = question_report(model, [whole(*map(question, range(10)))], zero_tables=False, limit=4)
     assert [text for _, text in asked] == ["q0", "q2", "q5", "q7"]
     (entry,) = report["sets"]

@@ -60,7 +60,7 @@ def pieces() -> bytes:
         (None, {"bos_token_id": 0, "eos_token_id": 1}),
     ],
 )
-def test_the_folder_says_which_tokens_begin_and_end_a_text(settings, config, byte_level, tmp_path):
+def test_begin_and_end_tokens_come_from_the_folder(settings, config, byte_level, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level))
     if settings is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -244,7 +244,7 @@ def _template(name: str, token: int) -> dict:
         (None, {"add_bos_token": True, "tokenizer_class": "Qwen2Tokenizer"}, False),
     ],
 )
-def test_whether_prompts_begin_with_a_token_is_carried_both_ways(processor, settings, adds, byte_level, tmp_path):
+def test_the_begin_token_of_prompts_survives_both_ways(processor, settings, adds, byte_level, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({**byte_level, "post_processor": processor}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     opened, tokenizer = read_tokenizer(tmp_path, None, {"bos_token_id": 0, "eos_token_id": 1})
@@ -292,7 +292,7 @@ def test_prompts_that_begin_with_another_token_are_refused(byte_level, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-def test_exported_tokenizers_begin_texts_as_trainings_do(kind, tmp_path):
+def test_exported_tokenizers_begin_texts_as_in_training(kind, tmp_path):
     tokenizer = ByteTokenizer() if kind == "byte" else train_bpe(["the cat sat on the mat"] * 9, 270)
     write_tokenizer(tmp_path, tokenizer)
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

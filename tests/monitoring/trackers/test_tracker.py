@@ -91,7 +91,7 @@ def test_a_service_gets_every_step_and_the_settings(installed, tmp_path, name, c
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_resumed_run_goes_on_as_the_same_run_and_sends_no_step_twice(installed, tmp_path, name):
+def test_a_resumed_run_continues_as_the_same_run_and_sends_no_step_twice(installed, tmp_path, name):
     library = installed(name)
     run(config(name), tmp_path, [1, 2, 3, 4])
     run(config(name), tmp_path, [3, 4, 5], last_step=2)
@@ -219,12 +219,12 @@ def test_a_full_disk_costs_one_line(tmp_path, capsys):
     assert time.monotonic() - started < 10
 
 
-def test_nothing_is_started_that_was_not_asked_for(tmp_path):
+def test_only_requested_trackers_are_started(tmp_path):
     assert make_trackers(RunConfig(log=LogConfig(tensorboard=False)), tmp_path, last_step=0) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_resumption_needs_lies_in_the_runs_folder(installed, tmp_path):
+def test_whatever_resuming_needs_is_in_the_runs_folder(installed, tmp_path):
     installed("wandb")
     run(config("wandb"), tmp_path, [1, 2])
     notes = json.loads((tmp_path / "wandb.json").read_text())

@@ -90,7 +90,7 @@ def test_load_lays_patches_over_the_model_and_writes_nothing(runs):
         table_of(base, patches["b"], patches["b"])
 
 
-def test_an_applied_patch_is_part_of_the_model_until_it_is_taken_back(runs, capsys):
+def test_an_applied_patch_is_part_of_the_model_until_it_is_reverted(runs, capsys):
     base, patches, tables = runs
     before, original = files_of(base), table_of(base)
     assert command.main(["apply", base, patches["a"]]) == 0
@@ -126,7 +126,7 @@ def test_a_patch_below_a_later_one_cannot_be_reverted(runs, tmp_path):
         edit.revert(base, patches["a"])
 
 
-def test_a_run_of_its_own_has_the_rows_in_its_checkpoint(runs, tmp_path):
+def test_a_separate_run_has_the_rows_in_its_checkpoint(runs, tmp_path):
     base, patches, tables = runs
     before = files_of(base)
     assert command.main(["apply", base, patches["a"], "--out", str(tmp_path / "new")]) == 0
@@ -134,7 +134,7 @@ def test_a_run_of_its_own_has_the_rows_in_its_checkpoint(runs, tmp_path):
     assert files_of(base) == before
 
 
-def test_another_base_is_refused_in_a_line(runs, tmp_path, capsys):
+def test_another_base_is_refused_in_one_line(runs, tmp_path, capsys):
     _, patches, _ = runs
     other = save(tmp_path / "other", {0: 1.0})
     assert command.main(["apply", other, patches["a"]]) == 4

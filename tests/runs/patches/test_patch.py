@@ -106,7 +106,7 @@ def test_rows_in_conflict_follow_the_rule(rule):
     np.testing.assert_array_equal(change.new[[0, 2]], [left.tables["shared"].new[0], right.tables["shared"].new[1]])
 
 
-def test_rows_in_conflict_are_named_where_there_is_no_rule():
+def test_rows_in_conflict_are_named_without_a_rule():
     patches = [("l", patch_of([2, 5])), ("r", patch_of([5, 6], seed=2)), ("w", patch_of([1], table="wide"))]
     with pytest.raises(CheckpointError, match=r"l and r both change 1 rows of table shared \(5\)"):
         merge(patches)
@@ -168,14 +168,14 @@ WITH_NAN = np.where(np.arange(4) == 1, np.nan, GOOD.new).astype(np.float32)
         ({}, {"tables": {}}, "do not name the same tables"),
     ],
 )
-def test_a_file_that_lies_is_refused_in_a_line(tmp_path, arrays, changes, problem):
+def test_a_lying_file_is_refused_in_one_line(tmp_path, arrays, changes, problem):
     with pytest.raises(CheckpointError, match=problem) as error:
         read_patch(lie(tmp_path / "lie.safetensors", arrays, **changes))
     assert "\n" not in str(error.value)
     assert "lie.safetensors" in str(error.value)
 
 
-def test_a_file_that_is_no_patch_is_refused_in_a_line(tmp_path):
+def test_a_file_that_is_not_a_patch_is_refused_in_one_line(tmp_path):
     content = patch_of([2, 5]).to_bytes()
     files = {
         "cut": content[: len(content) // 2],

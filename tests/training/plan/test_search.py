@@ -34,7 +34,7 @@ def test_a_run_that_fits_as_it_is_is_not_changed():
         (3, 1.0),
     ],
 )
-def test_what_is_found_fits_with_the_fewest_micro_batches(batch, share):
+def test_the_settings_found_fit_with_the_fewest_micro_batches(batch, share):
     settings = [*SETTINGS, "--data.batch_size", str(batch)]
     config = load(RunConfig, None, settings)
     device_bytes = int(share * NEEDED)
