@@ -101,7 +101,7 @@ class OptimConfig(ScheduleConfig):
     ema_decay: BelowOne[float] | None = None
     """Decay of an exponential moving average of the dense parameters, such as 0.999; in the first steps it is
     (n - 1) / (n + 8). Checkpoints also store the average, and the option `ema` of evaluate, generate, serve and convert
-    uses it. Tables are not averaged: that would write whole tables at every step. null: none."""
+    to-hf uses it. Tables are not averaged: that would write whole tables at every step. null: none."""
     skip_step_sigma: Positive[float] | None = None
     """Skip the update of a step whose loss or gradient norm exceeds the mean of the last 128 by more than this many
     standard deviations (6 is common); null: never. `train/skipped_steps` counts them."""

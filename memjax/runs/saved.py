@@ -109,8 +109,8 @@ def read_saved(
     restored = opened.checkpoints.restore(targets, [META], step=opened.number, optional=[EMA])
     if item not in restored.arrays:
         raise CheckpointError(
-            f"{folder}: ema=True, and step {restored.step} has no moving average of its parameters: it was trained "
-            "without optim.ema_decay; leave ema out"
+            f"{folder}: ema=True, and step {restored.step} has no moving average of its parameters: only "
+            "checkpoints trained with optim.ema_decay have one, and no run that convert makes of them; leave ema out"
         )
     found = restored.arrays[item]
     if ema:
