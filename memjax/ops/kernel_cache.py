@@ -22,25 +22,26 @@ from memjax.io.files import write_atomic
 
 def keep_kernels(lib: Any) -> None:
     """Patches `lib`, the module `jax_triton.triton_lib`, to compile only kernels that the cache lacks."""
-    if "JAX_TRITON_DUMP_DIR" in os.environ:  # dumping needs a compilation
+    compiler = getattr(lib, "compile_ttir_inplace", None)
+    if compiler is None or "JAX_TRITON_DUMP_DIR" in os.environ:  # another version; dumping needs a compilation
         return
-    compiler = lib.compile_ttir_inplace
-    settings = importlib.import_module("triton._C.libtriton").get_cache_invalidating_env_vars()
+    settings = getattr(importlib.import_module("triton._C.libtriton"), "get_cache_invalidating_env_vars", dict)()
     version = f"{importlib.import_module('triton').__version__} {settings}"
 
     @functools.wraps(compiler)
-    def look_up(module: Any, backend: Any, options: Any, compute_capability: int, platform: str) -> Any:
-        compile_ = functools.partial(compiler, module, backend, options, compute_capability, platform)
+    def look_up(module: Any, backend: Any, *others: Any, **named: Any) -> Any:
+        compile_ = functools.partial(compiler, module, backend, *others, **named)
         folder = jax.config.values["jax_compilation_cache_dir"]
         if not folder or not jax.config.values["jax_enable_compilation_cache"] or not os.path.isdir(folder):
             return compile_()
         # Computed before the compilation, which modifies the module.
-        key = "\n".join([str(module), repr(options), str(compute_capability), platform, version])
+        key = "\n".join([str(module), repr(others), repr(named), version])
         path = pathlib.Path(folder) / f"triton-{hashlib.sha256(key.encode()).hexdigest()}{KERNEL_SUFFIX}"
-        with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):  # it is missing or damaged
+        # It is missing or damaged, or a version without this type.
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, zlib.error):
             return lib.CompilationResult(**json.loads(zlib.decompress(path.read_bytes())))
         compiled = compile_()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TypeError):  # a result of another type is not kept
             write_atomic(path, zlib.compress(json.dumps(dataclasses.asdict(compiled)).encode()))
         return compiled
 

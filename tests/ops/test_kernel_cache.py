@@ -98,6 +98,18 @@ def test_without_a_folder_kernels_are_compiled_as_before(folder, kept):
         assert compiled == ["a"]
 
 
+def test_other_versions_of_jax_triton_cost_only_the_cache(folder, monkeypatch):
+    keep_kernels(types.SimpleNamespace())
+    monkeypatch.delattr("triton._C.libtriton.get_cache_invalidating_env_vars")
+    results = Compiled(b"code", "kernel", 48), types.SimpleNamespace(name="kernel")  # pyright: ignore
+    for number, result in enumerate(results):
+        lib = types.SimpleNamespace(compile_ttir_inplace=lambda *_, number, result=result, **__: result)
+        keep_kernels(lib)
+        for _ in range(2):
+            assert lib.compile_ttir_inplace("a", None, "more", number=number) is result
+    assert os.listdir(folder) == []
+
+
 def test_dumping_compiled_code_disables_the_cache(folder, monkeypatch):
     monkeypatch.setenv("JAX_TRITON_DUMP_DIR", str(folder / "dump"))
     for _ in range(2):
