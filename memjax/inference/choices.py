@@ -54,7 +54,7 @@ def make_choices(
             name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
             raise RefusedError(
                 f"{name} has {len(ids):,} tokens, and max_tokens={shown(wanted)} more do not fit into the "
-                f"{max_length:,} that this server takes; shorten the prompt"
+                f"{max_length:,} that this server accepts; shorten the prompt"
                 + (f" or ask for at most {room:,}" if room > 0 else ""),
                 param="prompt" if room < 1 else "max_tokens",
                 code="context_length_exceeded",

@@ -91,7 +91,7 @@ class Endpoints:
         known = self._routes.get("/v1/models" if name == self._service.model_name else path)
         if known is None:
             paths = ", ".join(sorted(self._routes))
-            raise RefusedError(f"there is nothing at {shown(path)}; there are {paths}", status=404)
+            raise RefusedError(f"{shown(path)} does not exist; the endpoints are {paths}", status=404)
         # uvicorn omits the body of responses to HEAD.
         endpoint = known.get("GET" if request.method == "HEAD" else request.method)
         if endpoint is None:
@@ -250,7 +250,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
         raise RefusedError(message, status=408, headers={"Connection": "close"}) from None
     if size > limits.max_body_bytes:
         message = (
-            f"the body has more than the {limits.max_body_bytes:,} bytes that this server takes; send less at a time"
+            f"the body has more than the {limits.max_body_bytes:,} bytes that this server accepts; send less at a time"
         )
         raise RefusedError(message, status=413, headers={"Connection": "close"})
     return bytes(body)

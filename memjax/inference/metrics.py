@@ -80,19 +80,23 @@ class Metrics:
 
         name = "memjax_requests_total"
         by_code = [f'{name}{{code="{code}"}} {count}' for code, count in sorted(self.codes.items())]
-        add(name, "counter", "Answered requests by status; 499: the client hung up.", by_code)
+        add(name, "counter", "Responses by status; 499: the client hung up.", by_code)
         for name, help_text, count in (
-            ("memjax_prompt_tokens_total", "Tokens of prompts.", self.prompt_tokens),
-            ("memjax_reused_prompt_tokens_total", "Of these, copied from the cache.", self.reused_tokens),
-            ("memjax_generated_tokens_total", "Tokens that were made.", self.generated_tokens),
+            ("memjax_prompt_tokens_total", "Prompt tokens.", self.prompt_tokens),
+            ("memjax_reused_prompt_tokens_total", "Prompt tokens copied from the cache.", self.reused_tokens),
+            ("memjax_generated_tokens_total", "Generated tokens.", self.generated_tokens),
         ):
             add(name, "counter", help_text, [f"{name} {count}"])
-        rate = ("memjax_tokens_per_second", "Tokens made, over the last 10 seconds.", lambda: self.tokens_per_second)
+        rate = (
+            "memjax_tokens_per_second",
+            "Generated tokens per second, over the last 10 seconds.",
+            lambda: self.tokens_per_second,
+        )
         for name, help_text, value in [*self._gauges, rate]:
             add(name, "gauge", help_text, [f"{name} {value():g}"])
         for name, help_text, histogram in (
-            ("memjax_time_to_first_token_seconds", "From a request to its first token.", self.first_token),
-            ("memjax_request_seconds", "From a request to the end of its answer.", self.whole_request),
+            ("memjax_time_to_first_token_seconds", "Time from a request to its first token.", self.first_token),
+            ("memjax_request_seconds", "Time from a request to the end of its response.", self.whole_request),
         ):
             add(name, "histogram", help_text, histogram.lines(name))
         return "\n".join(lines) + "\n"

@@ -72,10 +72,10 @@ class Service:
         """Attaches the scheduler, whose listener must be `deliver`, and adds its gauges to the metrics."""
         self._scheduler = scheduler
         gauge = self.metrics.gauge
-        gauge("memjax_slots", "Texts that are written at a time.", lambda: scheduler.num_slots)
-        gauge("memjax_slots_in_use", "Texts that are being written.", lambda: scheduler.num_running)
-        gauge("memjax_queue_length", "Texts that wait for a slot.", lambda: scheduler.num_waiting)
-        gauge("memjax_engine_failures", "Calls of the engine that failed.", lambda: scheduler.num_failures)
+        gauge("memjax_slots", "Texts that can run at a time.", lambda: scheduler.num_slots)
+        gauge("memjax_slots_in_use", "Texts being generated.", lambda: scheduler.num_running)
+        gauge("memjax_queue_length", "Texts waiting for a slot.", lambda: scheduler.num_waiting)
+        gauge("memjax_engine_failures", "Failed engine calls.", lambda: scheduler.num_failures)
 
     def bind_loop(self) -> None:
         """Makes the running event loop the one that receives updates."""
