@@ -1,4 +1,4 @@
-"""Streaming of large arrays: split into row blocks when they are written, joined when they are read."""
+"""Streaming of large arrays: split into row blocks when written, joined when read."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,20 +13,20 @@ BLOCK_BYTES = 2 << 30
 """Largest array that is stored in one piece: Orbax refuses single arrays near 96 GB."""
 
 _SMALL_BYTES = 16 << 20
-"""Arrays up to this size are never cut."""
+"""Arrays up to this size are never split."""
 
 BLOCKS = 512
-"""Blocks of an array that is all of its item; while one is read, its bytes are in host memory about four times."""
+"""Blocks per item aimed at: while a block is read, host memory holds about four copies of it."""
 
 
 def block_rows(leaf: jax.Array, item_bytes: int, most_bytes: int) -> int:
-    """Rows of a leaf per block of at most `most_bytes`, in an item of that many bytes; at least one."""
+    """Rows per block of a leaf, at least one; a block has at most `most_bytes`, fewer in a smaller item."""
     block_bytes = min(most_bytes, max(_SMALL_BYTES, item_bytes // BLOCKS))
     return max(1, block_bytes // max(1, leaf.dtype.itemsize * math.prod(leaf.shape[1:])))
 
 
 def blocks(name: str, record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """First row and number of rows by stored name; one block has the leaf's own name, an empty leaf has none."""
+    """First row and number of rows by stored name; a single block has the leaf's own name, an empty leaf no blocks."""
     shape, step = record["shape"], record["block_rows"]
     if 0 in shape:
         return {}
@@ -36,7 +36,7 @@ def blocks(name: str, record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def split_blocks(leaves: Mapping[str, jax.Array], records: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """What is stored, by stored name: leaves in one piece as they are, copies of the blocks of the others."""
+    """The arrays to store, by stored name: unsplit leaves as they are, and copies of the blocks of the others."""
     stored = {}
     for name, leaf in leaves.items():
         places = blocks(name, records[name])
@@ -48,7 +48,7 @@ def split_blocks(leaves: Mapping[str, jax.Array], records: Mapping[str, Any]) ->
 def block_targets(
     target: jax.ShapeDtypeStruct, places: Mapping[str, tuple[int, int]]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What to read of a leaf, by stored name."""
+    """Shapes, types and shardings of a leaf's blocks, by stored name."""
     if len(places) == 1:
         return dict.fromkeys(places, target)
     sharding = without_first_axis(target.sharding)
@@ -59,7 +59,7 @@ def block_targets(
 def join_blocks(
     target: jax.ShapeDtypeStruct, places: Mapping[str, tuple[int, int]], found: Iterator[jax.Array]
 ) -> jax.Array:
-    """The leaf, of what is read of it: blocks are put one by one into a donated array."""
+    """The leaf, joined from its blocks, which are written one by one into a donated array."""
     if len(places) == 1:
         return next(found)
     leaf = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=target.sharding)(target.shape, target.dtype)
@@ -74,7 +74,7 @@ def _copy_rows(leaf: jax.Array, start: int, rows: int) -> jax.Array:
     block = take(leaf, start, rows)
     kinds = {memory.kind for memory in next(iter(block.sharding.device_set)).addressable_memories()}
     if jax.default_backend() != "cpu" and "pinned_host" in kinds:
-        # One block at a time leaves the device; all of them there would be the table a second time.
+        # Blocks leave the device one at a time; together they would double the table's memory there.
         block = jax.device_put(block, block.sharding.with_memory_kind("pinned_host"))
     return block.block_until_ready()
 

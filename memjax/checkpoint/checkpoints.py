@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what is saved, kept, found and restored."""
+"""The checkpoints of a run: saving, retention, lookup and restoring."""
 
 import math
 import os
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 class Checkpoints(Steps):
     """The checkpoints of one folder.
 
-    Only saving creates or cleans the folder, so any number of readers may look at a run that is being trained. One
-    writer at a time. With several processes, each one calls every method, at the same point of the run. A run that
-    continues saving restores with the same object, so that a step found damaged is saved again.
+    Only saving creates or cleans the folder, so any number of readers may open a run that is being trained; only one
+    writer is allowed. With several processes, each one calls every method at the same point of the run. A run that
+    saves later must restore with the same object, so that a step found damaged is saved again.
 
     Args:
-        folder: Holds one folder per step.
-        keep: Latest steps that stay, and as many of the latest complete ones.
-        keep_best: Whether the step with the lowest loss stays too.
-        verify: Whether everything read is compared with its digest.
-        block_bytes: Arrays larger than this are stored as row blocks of at most this size (of one row at least).
+        folder: Contains one folder per step.
+        keep: How many of the latest steps to keep, and how many of the latest complete ones.
+        keep_best: Whether to keep the step with the lowest loss, too.
+        verify: Whether to compare everything that is read with its digest.
+        block_bytes: Arrays larger than this are stored as row blocks of at most this size (but at least one row).
     """
 
     def __init__(
@@ -68,21 +68,20 @@ class Checkpoints(Steps):
     ) -> None:
         """Copies the arrays to host memory, then writes them in the background; does nothing if the step exists.
 
-        A complete step takes the place of a partial one.
-
-        The arrays may be donated as soon as this returns. A save that is still being written is waited for first.
+        A complete step replaces a partial one. Waits first for a previous save that is still being written. The arrays
+        may be donated as soon as this returns.
 
         Args:
             step: Number of the step.
             arrays: A tree of `jax.Array` by item name.
             documents: JSON objects by item name.
-            loss: What `best` ranks by; a step without one, or with one that is not finite, is never the best.
-            partial: Items of other steps are left out: only who asks for this step by its number reads it.
+            loss: Used by `best`; a step without a finite loss is never the best.
+            partial: Whether large items were left out; such a step is restored only if requested by number.
 
         Raises:
-            CheckpointError: this save, or the one before in the background, failed.
+            CheckpointError: this save, or the previous one in the background, failed.
         """
-        # With Orbax, whose import would delay every command that only reads.
+        # Imports Orbax, which would delay every command that only reads.
         from memjax.checkpoint.saving import Writer, items_of
 
         self.wait()
@@ -107,21 +106,21 @@ class Checkpoints(Steps):
         step: int | None = None,
         optional: Collection[str] = (),
     ) -> Restored:
-        """Reads the named items and nothing else.
+        """Reads only the named items.
 
-        Without `step`, a newest complete step that is damaged is reported on stderr and the one before it is read; the
-        next save moves the damaged one out of the way.
+        Without `step`, a damaged step is reported on stderr and the complete step before it is tried; the next save
+        moves damaged ones out of the way.
 
         Args:
-            targets: A tree of `jax.ShapeDtypeStruct` by item name. Leaves come back under their sharding, or on the
-                first device where it is None; the mesh need not be the one that saved.
+            targets: A tree of `jax.ShapeDtypeStruct` by item name. Leaves are returned with their sharding, or on the
+                first device if it is None; the mesh may differ from the one that saved.
             documents: Names of JSON items.
-            step: The step to read; None means the newest that can be read.
-            optional: Items that do not come back if the step has none of that name.
+            step: The step to read; None: the newest complete one that is readable.
+            optional: Items that are skipped if the step lacks them.
 
         Raises:
-            CheckpointError: nothing there, nothing readable, or a target does not fit what was saved, or is what a
-                partial step lacks.
+            CheckpointError: there is no readable step, a target does not match what was saved, or a partial step lacks
+                it.
         """
         candidates = self.complete()[::-1] if step is None else [step]
         if step is not None and step not in self.steps():
@@ -136,7 +135,7 @@ class Checkpoints(Steps):
                 warn(f"warning: {error}; trying the step before")
             else:
                 if step is None:
-                    # Whoever resumes here comes to the partial ones after it once more.
+                    # A run resumed from here will save the later partial steps again.
                     self._replaced.update(set(self.steps()) - set(candidates) - set(range(candidate)))
                 return found
         if candidates:
@@ -148,9 +147,9 @@ class Checkpoints(Steps):
         raise CheckpointError(f"{self.folder}: {found}; name the folder of another run, or start over in a new one")
 
     def read_rows(self, item: str, name: str, *, step: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The rows of one leaf in host memory, block by block, each with the number of its first row.
+        """Yields the rows of one leaf in host memory, block by block, each with the index of its first row.
 
-        Nothing is put on a device. The digest is compared when all blocks are read.
+        Nothing is put on a device. The digest is compared after the last block.
 
         Raises:
             CheckpointError: there is no such leaf, or it is damaged.
@@ -158,7 +157,7 @@ class Checkpoints(Steps):
         return StoredStep(self.folder, step).read_rows(item, name, verify=self._verify)
 
     def read_document(self, name: str, step: int | None = None) -> dict[str, Any]:
-        """One JSON item of a step, by default of the newest that can be read."""
+        """One JSON item of a step, by default of the newest complete one that is readable."""
         return self.restore({}, [name], step=step).documents[name]
 
     def check(self) -> None:
@@ -167,12 +166,12 @@ class Checkpoints(Steps):
             self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more; raises CheckpointError if the last save failed."""
+        """Waits for the background save to finish; raises CheckpointError if it failed."""
         if self._writer is not None:
             self._writer.wait()
 
     def close(self) -> None:
-        """Waits, then frees what saving needs. Reading, and saving again, stay possible."""
+        """Waits, then frees the resources of saving. Reading and saving remain possible."""
         self.wait()
         if self._writer is not None:
             self._writer.close()

@@ -1,4 +1,4 @@
-"""Verifying: digests of arrays, the same on every mesh, and of documents."""
+"""Digests of documents, and of arrays, where they do not depend on the mesh."""
 
 import functools
 import hashlib
@@ -14,16 +14,16 @@ from jax.sharding import Sharding
 
 
 def text_digest(document: Any) -> str:
-    """The digest of a JSON document, whatever the order of its keys."""
+    """The digest of a JSON document, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 _FEW_ELEMENTS = 1 << 16
-"""Up to this size, NumPy is faster than XLA takes to compile for a shape."""
+"""Up to this size, NumPy takes less time than XLA's compilation for one shape."""
 
 
 def array_digests(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
-    """The digest of every leaf, computed where the leaf is."""
+    """The digest of every leaf, computed on the devices that hold it."""
     compile_digests(leaves.values())
     sums = jax.device_get(
         {name: (_of_few if _is_small(leaf) else _program(_kind(leaf)))(leaf) for name, leaf in leaves.items()}
@@ -32,19 +32,19 @@ def array_digests(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
 
 
 def compile_digests(leaves: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> None:
-    """Compiles what `array_digests` runs for leaves of these shapes, types and shardings, side by side."""
+    """Compiles, in parallel, the programs that `array_digests` runs for leaves of these shapes, types and shardings."""
     with ThreadPoolExecutor() as threads:
         list(threads.map(_program, {_kind(leaf) for leaf in leaves if not _is_small(leaf)}))
 
 
 class RowsDigest:
-    """The digest that `array_digests` gives an array, from its rows block by block."""
+    """Computes the same digest as `array_digests` from an array's rows, block by block."""
 
     def __init__(self) -> None:
         self._sums = (0, 0)
 
     def add(self, rows: np.ndarray, start: int) -> None:
-        """Takes rows from `start` on into account."""
+        """Adds rows, of which the first has index `start`."""
         found = jax.device_get(_digest(rows, np.uint32(start)))
         self._sums = tuple((old + int(new)) % 2**32 for old, new in zip(self._sums, found, strict=True))
 
@@ -54,10 +54,10 @@ class RowsDigest:
 
 @jax.jit
 def _digest(array: jax.Array, first: Any = 0) -> tuple[jax.Array, jax.Array]:
-    """Two 32-bit sums over the elements, the same on every mesh; `first` is the number of the first row.
+    """Two 32-bit sums over the elements, the same on every mesh; `first` is the index of the first row.
 
-    Each word is sent through a one-to-one function that depends on its place, so a change within one word changes the
-    digest with certainty, and any other change passes with probability 2**-64. Integer sums have no order.
+    Each word is mapped by a bijection that depends on its position, so a change within one word always changes the
+    digest; any other change goes undetected with probability 2**-64. Integer sums do not depend on their order.
     """
     if array.dtype == jnp.bool_:
         words = array.astype(jnp.uint32)
@@ -75,7 +75,7 @@ def _digest(array: jax.Array, first: Any = 0) -> tuple[jax.Array, jax.Array]:
 
 
 class _Kind(NamedTuple):
-    """What a program is compiled for."""
+    """The properties of an array that its compiled program depends on."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -88,19 +88,19 @@ def _kind(leaf: jax.Array | jax.ShapeDtypeStruct) -> _Kind:
 
 @functools.cache
 def _program(kind: _Kind) -> jax.stages.Compiled:
-    with jax.enable_x64(kind.dtype.itemsize == 8):  # what holds in the thread that asked does not hold in others
+    with jax.enable_x64(kind.dtype.itemsize == 8):  # the caller's setting is thread-local
         return _digest.lower(jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=kind.sharding)).compile()
 
 
 def _is_small(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether NumPy gets at a leaf without a copy, and is done with it sooner than a compiler."""
+    """Whether NumPy can read a leaf without a copy, and digests it faster than XLA could compile."""
     sharding = leaf.sharding
     on_one = jax.default_backend() == "cpu" and sharding.is_fully_addressable and len(sharding.device_set) == 1
     return on_one and leaf.size <= _FEW_ELEMENTS and leaf.dtype.itemsize <= 4
 
 
 def _of_few(array: jax.Array) -> tuple[np.uint32, np.uint32]:
-    """`_digest` by NumPy."""
+    """`_digest` in NumPy."""
     values = np.asarray(array)
     words = values.view(f"u{values.itemsize}").astype(np.uint32)
     with np.errstate(over="ignore"):
@@ -117,7 +117,7 @@ def _add_both(left: Any, right: Any) -> Any:
 
 
 def _scramble(words: Any) -> Any:
-    """A one-to-one function of 32 bits whose every output bit hangs on every input bit."""
+    """A bijection of 32-bit words in which every output bit depends on every input bit."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         words = (words ^ (words >> np.uint32(shift))) * np.uint32(factor)
     return words ^ (words >> np.uint32(16))

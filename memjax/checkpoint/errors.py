@@ -1,4 +1,4 @@
-"""What goes wrong with checkpoints, explained with folder, step, item and the way out."""
+"""Errors of checkpoints, which name the folder, step and item, and a way out."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ import jax
 from memjax.errors import CheckpointError
 
 _DAMAGE = re.compile(r"(DATA_LOSS|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION)\b")
-"""Statuses of JAX that come from what was read. Others come from devices, or from too little memory."""
+"""JAX status codes caused by the data that was read; others are caused by devices or a lack of memory."""
 
 _WRITE_ADVICE = {
     "ENOSPC": "the disk is full; make room, or let a training keep fewer steps with checkpoint.keep",
@@ -23,7 +23,7 @@ _WRITE_ADVICE = {
     "EPERM": "this user may not write there; change the permissions, or name another run.dir",
     "ENOTDIR": "a file is where a folder should be; move it away, or name another run.dir",
     "ENOTEMPTY": "another process writes there, or has left files that cannot be deleted; only one may use a run.dir",
-    "EEXIST": "something of that name is there already; move it away, or end the other process that writes there",
+    "EEXIST": "something with that name already exists; move it away, or end the other process that writes there",
     "ENOENT": "the folder was removed while it was in use",
     "EIO": "the disk reports an error; look at it before anything else is written there",
     "ESTALE": "the network disk was lost; mount it again",
@@ -31,7 +31,7 @@ _WRITE_ADVICE = {
 
 
 class Damaged(CheckpointError):
-    """What is on disk is not what was saved, so an older step may do."""
+    """The data on disk is not what was saved; an older step may be intact."""
 
 
 @contextlib.contextmanager
@@ -42,10 +42,10 @@ def explained(
     advice: Callable[[BaseException], str] | None = None,
     only: type[Exception] = Exception,
 ) -> Iterator[None]:
-    """Raises what goes wrong inside as an error of this kind.
+    """Reraises exceptions of the body as errors of this kind, with a message that begins with `what`.
 
-    Errors of too little memory or a failing device are not the step's fault and are raised unchanged, as are errors of
-    other types than `only`. `advice` gives the way out with which the message ends.
+    Errors due to a lack of memory or a failing device are not the step's fault and are raised unchanged, as are
+    exceptions of types other than `only`. `advice` returns a way out to add to the message.
     """
     try:
         yield
@@ -60,7 +60,7 @@ def explained(
 
 
 def write_advice(error: BaseException) -> str:
-    """What to do about an error of writing, by the error number in it or in what caused it."""
+    """What to do about a write error, by the error number in it or in one of its causes."""
     found: BaseException | None = error
     while found is not None:
         names = [errno.errorcode.get(found.errno or 0, "")] if isinstance(found, OSError) else []

@@ -1,4 +1,4 @@
-"""The index of a step: the item that says what the others hold."""
+"""The index of a step: the item that describes the others."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ INDEX = "digests"
 
 
 class Note(NamedTuple):
-    """What the index says of a step as a whole."""
+    """What the index records about the step as a whole."""
 
     loss: float | None
     partial: bool
@@ -33,7 +33,7 @@ class _Leaf:
 
 @dataclasses.dataclass
 class _Index:
-    """The shape of an index."""
+    """The schema of an index."""
 
     arrays: dict[str, dict[str, _Leaf]]
     documents: dict[str, str]
@@ -64,7 +64,7 @@ def describe(leaves: Mapping[str, Any], most_bytes: int) -> dict[str, Any]:
 
 
 def differences(item: str, records: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """A line for every leaf that was saved otherwise than it is wanted, or only one of both."""
+    """A line for every leaf whose saved shape or type is not the wanted one, or that only one side has."""
     saved = {name: f"{record['dtype']}{record['shape']}" for name, record in records.items()}
     asked = {name: f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in wanted.items()}
     return [
@@ -80,10 +80,10 @@ def seal(index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unseal(stored: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The index of a step from what is stored. Steps of before indices had a number are taken at their folder's word.
+    """The index in what is stored. Early steps, whose indices lack a step number, may have been renamed unnoticed.
 
     Raises:
-        ValueError, TypeError, KeyError: it is not what was sealed, or is that of another step, or no index.
+        ValueError, TypeError, KeyError: it is no index, was changed after `seal`, or belongs to another step.
     """
     index = stored["index"]
     read_as(_Index, index)
@@ -98,5 +98,5 @@ def unseal(stored: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def note_of(index: Mapping[str, Any]) -> Note:
-    """The note in an index; steps of before there were partial ones are complete."""
+    """The note in an index; steps saved before partial ones existed are complete."""
     return Note(index["loss"], index.get("partial", False))

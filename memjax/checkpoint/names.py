@@ -1,4 +1,4 @@
-"""Trees as names and leaves, and names as nested dictionaries, the form in which Orbax stores them."""
+"""Convert trees to leaves by name, and these to the nested dictionaries that Orbax stores."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from memjax.errors import CheckpointError
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves by name, in the order of the tree; names are the path joined by slashes."""
+    """The leaves by name, in the order of the tree; a name is the path joined by slashes."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf for path, leaf in paths}
     folders = {name[: slash.start()] for name in flat for slash in re.finditer("/", name)}
@@ -24,11 +24,11 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 RENAMED = {"peer": "expert_lookup"}
-"""What versions before 0.2 called a part of a name."""
+"""Parts of names, with what versions before 0.2 called them."""
 
 
 def as_stored(flat: Mapping[str, Any], stored: Collection[str]) -> dict[str, Any]:
-    """The leaves by the names that a step has for them, which may be those of an earlier version."""
+    """The leaves by the names under which a step stores them, which may be those of an earlier version."""
 
     def before(name: str) -> str:
         return "/".join(RENAMED.get(part, part) for part in name.split("/"))
@@ -37,5 +37,5 @@ def as_stored(flat: Mapping[str, Any], stored: Collection[str]) -> dict[str, Any
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A dictionary for each part of the names in front of a slash."""
+    """Nested dictionaries, one level for each slash in the names."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")

@@ -1,4 +1,4 @@
-"""Agreement of the processes of a run while they save and restore."""
+"""Agreement between the processes of a run while they save and restore."""
 
 import jax
 import numpy as np
@@ -6,5 +6,5 @@ from jax.experimental import multihost_utils
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all of them ask at the same point."""
+    """Whether the flag is set in any process; all processes must call this at the same point."""
     return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))

@@ -1,4 +1,4 @@
-"""Restoring: the named items of one step, onto any mesh, compared with their digests."""
+"""Restoring: reads named items of one step onto any mesh, and verifies their digests."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ from memjax.io.paths import literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Restored:
-    """What `Checkpoints.restore` read: `arrays` has the trees of the targets."""
+    """The result of `Checkpoints.restore`; `arrays` has the same trees as the targets."""
 
     step: int
     arrays: dict[str, Any]
@@ -44,21 +44,21 @@ class StoredStep:
         self._path = folder / str(step)
         self._name = f"{folder}: step {step}"
         self._regular: set[str] = set()
-        """Items whose files have been looked at."""
+        """Items known to consist of regular files."""
 
     @functools.cached_property
     def index(self) -> dict[str, Any]:
-        """What the step says of its items; raises Damaged if it cannot be read."""
+        """The index of the step's items; raises Damaged if it cannot be read."""
         stored = self._documents([INDEX])[INDEX]
         with explained(Damaged, f"{self._name}, item {INDEX}: is damaged"):
             return unseal(stored, self.step)
 
     def restore(self, targets: Mapping[str, Any], documents: Sequence[str], *, verify: bool) -> Restored:
-        """Reads the named items, which the index has.
+        """Reads the named items.
 
         Raises:
-            CheckpointError: a target does not fit what was saved.
-            Damaged: what is on disk is not what was saved, or cannot be read.
+            CheckpointError: a target does not match what was saved.
+            Damaged: the data on disk is not what was saved, or cannot be read.
         """
         stored = self.index["arrays"]
         wanted = {item: as_stored(flatten(tree), stored.get(item, ())) for item, tree in targets.items()}
@@ -66,7 +66,7 @@ class StoredStep:
         texts = self._documents(documents)
         for item, text in texts.items():
             if not isinstance(text, dict):
-                raise Damaged(f"{self._name}, document {item}: is no JSON object")
+                raise Damaged(f"{self._name}, document {item}: is not a JSON object")
             if verify and text_digest(text) != self.index["documents"][item]:
                 raise Damaged(f"{self._name}, document {item}: its digest differs")
         first_device = SingleDeviceSharding(jax.devices()[0])
@@ -84,11 +84,11 @@ class StoredStep:
         return Restored(step=self.step, arrays=arrays, documents=texts)
 
     def read_rows(self, item: str, name: str, *, verify: bool) -> Iterator[tuple[int, np.ndarray]]:
-        """The rows of a leaf in host memory, block by block, each with the number of its first row.
+        """Yields the rows of a leaf in host memory, block by block, each with the index of its first row.
 
         Raises:
             CheckpointError: there is no such leaf.
-            Damaged: what is on disk is not what was saved, or cannot be read; at the last block at the latest.
+            Damaged: the data on disk is not what was saved, or cannot be read; at the latest after the last block.
         """
         record = self.index["arrays"].get(item, {}).get(name)
         if record is None:
@@ -149,7 +149,7 @@ class StoredStep:
 
     @contextlib.contextmanager
     def _reading(self, items: Sequence[str]) -> Iterator[None]:
-        """What goes wrong inside is damage of these items, in all processes."""
+        """Raises errors of the body as `Damaged`, which names these items, in all processes."""
         what = f"{self._name}, item {', '.join(items)}: cannot be read"
         try:
             with explained(Damaged, what):
@@ -158,12 +158,12 @@ class StoredStep:
         except Damaged:
             any_process(True)
             raise
-        # What one process cannot read, none goes on with: they would wait for each other for ever.
+        # If one process cannot read, none may continue: they would wait for each other forever.
         if any_process(False):
             raise Damaged(f"{what} by another process")
 
     def _check_files(self, items: Iterable[str]) -> None:
-        """Raises an OSError where a pipe or a device is among the files, which would be read without end."""
+        """Raises an OSError if a file is a pipe or a device, which could block or be read endlessly."""
         for item in set(items) - self._regular:
             for file in itertools.chain(self._path.iterdir(), (self._path / item).rglob("*")):
                 if not file.is_dir():

@@ -1,4 +1,4 @@
-"""Which steps a folder holds, which of them are complete, which is the best, and which are kept."""
+"""The steps of a folder: which exist, which are complete, which is the best, and which to keep."""
 
 import contextlib
 import os
@@ -13,18 +13,18 @@ from memjax.errors import CheckpointError
 
 
 class Steps:
-    """The steps of one folder. What their indices say is read once.
+    """The steps of one folder, whose indices are read only once.
 
-    Methods take all steps on disk, or those that are given.
+    Methods with the argument `steps` consider only these; None: all steps on disk.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        # Without `..`, which TensorStore refuses and Orbax takes out as if no folder before it were a link.
+        # Without `..`, which TensorStore refuses, and which Orbax resolves textually, ignoring links.
         self.folder = pathlib.Path(os.path.realpath(folder))
         self._notes: dict[int, Note] = {}
 
     def steps(self) -> list[int]:
-        """Every step on disk, ascending; a step still being written is not among them."""
+        """All steps on disk, in ascending order, except one that is still being written."""
         with explained(CheckpointError, f"{self.folder}: cannot be listed"):
             if not self.folder.is_dir():
                 return []
@@ -32,7 +32,7 @@ class Steps:
             return sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path.name) and path.is_dir())
 
     def complete(self, steps: Iterable[int] | None = None) -> list[int]:
-        """The steps that are not partial; one whose index cannot be read is taken for complete."""
+        """The steps that are not partial; one whose index is unreadable counts as complete."""
         return [step for step in self._all(steps) if not self.is_partial(step)]
 
     def readable(self, steps: Iterable[int] | None = None) -> list[int]:
@@ -44,13 +44,13 @@ class Steps:
         return max(self.readable(self.complete()), default=None)
 
     def best(self, steps: Iterable[int] | None = None) -> int | None:
-        """The complete step with the lowest loss, the newer one of equals; None when none has a loss."""
+        """The complete step with the lowest loss, of equals the newest; None if none has a loss."""
         notes = {step: self._note(step) for step in self._all(steps)}
         losses = [(n.loss, -step) for step, n in notes.items() if n and n.loss is not None and not n.partial]
         return -min(losses)[1] if losses else None
 
     def newest_with(self, item: str) -> int | None:
-        """The newest step, partial or not, whose index can be read and names an item of arrays; None when none does."""
+        """The newest step, partial or not, whose index is readable and has this item of arrays; None if none has."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
                 if item in StoredStep(self.folder, step).index["arrays"]:
@@ -63,7 +63,7 @@ class Steps:
         return note is not None and note.partial
 
     def _remember(self, step: int, note: Note) -> None:
-        """Takes the note of a step that is about to be written."""
+        """Records the note of a step that is about to be written."""
         self._notes[step] = note
 
     def _all(self, steps: Iterable[int] | None) -> Iterable[int]:
@@ -74,12 +74,12 @@ class Steps:
             try:
                 self._notes[step] = note_of(StoredStep(self.folder, step).index)
             except Damaged:
-                return None  # asked again, because the reason may pass
+                return None  # not remembered, because the reason may be temporary
         return self._notes[step]
 
 
 def _is_step(name: str) -> bool:
-    """Whether a folder's name is a number as saving writes it: no leading zeros, no digits of other scripts."""
+    """Whether a folder's name is a step number as written by saving: ASCII digits without leading zeros."""
     return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
@@ -90,11 +90,11 @@ class Retention:
         self._steps, self._keep, self._keep_best = steps, keep, keep_best
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """For each of Orbax's checkpoints whether it stays."""
+        """Whether to keep each of Orbax's checkpoints."""
         del context
         steps = sorted(info.step for info in checkpoints)
         best = self._steps.best(steps) if self._keep_best else None
-        # A step that cannot be read does not count as one that is kept.
+        # Unreadable steps do not count towards the complete ones to keep.
         complete = self._steps.complete(self._steps.readable(steps))
         kept = {*steps[-self._keep :], *complete[-self._keep :], best}
         return [info.step in kept for info in checkpoints]

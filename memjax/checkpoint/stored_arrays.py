@@ -1,7 +1,7 @@
-"""Reading the arrays of an item from the database of TensorStore (OCDBT) in which Orbax stores them.
+"""Reads the arrays of an item directly from the TensorStore database (OCDBT) in which Orbax stores them.
 
-Orbax's own reading would parse the metadata of all arrays at every call, and a table of many blocks takes many calls.
-Read from TensorStore, arrays come as fast as its threads read and unpack them.
+Orbax itself would parse the metadata of all arrays at every call, and a table of many blocks needs many calls. With
+TensorStore, the only limit is how fast its threads read and decompress.
 """
 
 import collections
@@ -15,30 +15,30 @@ import numpy as np
 import tensorstore as ts
 
 _NODES_BYTES = 100 << 20
-"""Most bytes of the database's nodes that are kept, so that looking arrays up reads none twice."""
+"""Cache for nodes of the database, so that lookups of arrays do not read a node twice."""
 _LEAST_AHEAD, _MOST_AHEAD, _AHEAD_SHARE = 16 << 20, 1 << 30, 32
-"""Bytes of an item that are read at once: one part in so many, within these bounds. Resuming should need no more memory
-than beginning."""
+"""Bytes of an item that are read ahead: 1 / `_AHEAD_SHARE` of it, within these bounds, so that resuming needs no more
+memory than a fresh start."""
 
 
 _Reading = collections.deque[tuple[list[int], "ts.Future[np.ndarray]", int]]
-"""Where parts begin, what is read of them, and their bytes."""
+"""Parts being read: start indices, future values, and bytes."""
 
 
 class Part(NamedTuple):
-    """What was read of an array: the part that this process needs, and where it begins."""
+    """The part of an array that this process needs, and its start index along each axis."""
 
     starts: list[int]
     values: np.ndarray
 
     def at(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-        """The values at an index into the whole array, of that shape."""
+        """The values at an index into the whole array, whose shape is `shape`."""
         bounds = zip(_bounds(index, shape), self.starts, strict=True)
         return self.values[..., *(slice(first - start, last - start) for (first, last), start in bounds)]
 
 
 def read_arrays(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[jax.Array]:
-    """The arrays of an item, by their stored names, one after the other, under their shardings.
+    """Yields the arrays of an item with these stored names, in order, with the wanted shardings.
 
     Raises:
         ValueError: an array is missing, cannot be read, or has another shape or type.
@@ -49,9 +49,9 @@ def read_arrays(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
 
 
 def read_parts(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[Part]:
-    """What `read_arrays` puts on this process's devices, in host memory; all of an array without a sharding.
+    """Yields, in host memory, the parts that this process's devices need; for arrays without a sharding, all of them.
 
-    While one is used, the next ones are read.
+    While the caller uses a part, the next ones are read in the background.
     """
     context = ts.Context({"cache_pool#nodes": {"total_bytes_limit": _NODES_BYTES}})
     opening = [ts.open(_place(folder, name), read=True, open=True, context=context) for name in wanted]
@@ -60,7 +60,7 @@ def read_parts(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct])
     reading: _Reading = collections.deque()
     for (name, target), opened in zip(wanted.items(), opening, strict=True):
         array = opened.result()
-        # Each piece is unpacked whole, so that of a hostile file one could take all memory.
+        # A chunk is decompressed as a whole, so an oversized one in a hostile file could exhaust memory.
         piece = [size or 1 for size in array.chunk_layout.read_chunk.shape or ()]
         is_larger = math.prod(piece) > max(1, math.prod(target.shape))
         if is_larger or (array.shape, array.dtype.numpy_dtype) != (target.shape, target.dtype):
@@ -75,7 +75,7 @@ def read_parts(folder: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct])
         yield _first(reading)
 
 
-# Functions of their own, after which nothing holds a part while the next is waited for.
+# Separate functions, so that no local variable keeps a part alive while the next is awaited.
 def _on_devices(target: jax.ShapeDtypeStruct, part: Part) -> jax.Array:
     at = lambda index: part.at(index, target.shape)
     return jax.make_array_from_callback(target.shape, target.sharding, at, dtype=target.dtype)
@@ -87,7 +87,7 @@ def _first(reading: _Reading) -> Part:
 
 
 def _place(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """The specification of an array, as Orbax writes it."""
+    """TensorStore's specification of an array written by Orbax."""
     base = {"driver": "file", "path": f"{folder}/"}
     database = {"driver": "ocdbt", "base": base, "path": name.replace("/", "."), "cache_pool": "cache_pool#nodes"}
     return {"driver": "zarr", "kvstore": database, "fill_missing_data_reads": False}
@@ -98,7 +98,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[tuple[int,
 
 
 def _bounds_here(target: jax.ShapeDtypeStruct) -> list[tuple[int, int]]:
-    """First and last place, along every axis, of what the devices of this process hold."""
+    """Start and end, along every axis, of the part that this process's devices hold."""
     if target.sharding is None:
         return [(0, size) for size in target.shape]
     indices = target.sharding.addressable_devices_indices_map(target.shape).values()

@@ -1,8 +1,9 @@
 """JAX's persistent compilation cache in the user's cache folder, so that a second start compiles nothing.
 
-JAX reads and writes the entries, except Triton kernels (`memjax.ops.kernel_cache`). This module separates them by what
-JAX's keys lack (the jaxlib version and the CPU's instruction set), removes damaged ones, and limits the size. JAX's own
-limit (`jax_compilation_cache_max_size`) needs the package filelock, and locks and lists the folder at every read.
+JAX reads and writes the entries, except Triton kernels (`memjax.ops.kernel_cache`). This module separates entries by
+what JAX's keys lack (the jaxlib version and the CPU's instruction set), removes damaged ones, and limits the total
+size. JAX's own limit (`jax_compilation_cache_max_size`) needs the package filelock, and locks and lists the folder at
+every read.
 """
 
 import atexit
@@ -23,7 +24,7 @@ from memjax.io.files import read_object, write_atomic
 from memjax.io.paths import local_path, user_cache
 
 _VARIABLE = "MEMJAX_COMPILE_CACHE"
-"""Environment variable that holds a folder, or `off`."""
+"""Environment variable: a folder, or `off`."""
 
 MAX_BYTES = 2 << 30
 """Maximum size of a folder; the least recently used entries are removed first."""
@@ -33,7 +34,7 @@ DAYS = 60
 
 _CHECKED = "checked.json"
 KERNEL_SUFFIX = "-kernel"
-"""Ends the names of entries that are Triton kernels instead of JAX's programs."""
+"""Suffix of entries that are Triton kernels, not JAX programs."""
 _SUFFIXES = ("-cache", KERNEL_SUFFIX)
 
 
@@ -41,11 +42,11 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
     """Enables the cache; must be called before anything is compiled. An unusable folder causes only a warning.
 
     Args:
-        setting: auto: memjax in the user's cache folder; null (None): no cache; otherwise a folder. The variable
-            MEMJAX_COMPILE_CACHE overrides auto; if JAX's own variables are set, nothing is changed.
+        setting: `auto`: a folder of memjax in the user's cache folder; None: no cache; otherwise a folder. The variable
+            MEMJAX_COMPILE_CACHE overrides `auto`; if JAX's own variables are set, nothing is changed.
 
     Returns:
-        The folder; None without a cache.
+        The folder, or None if the cache is off.
     """
     chosen = os.environ.get(_VARIABLE) if setting == "auto" else setting
     if chosen is None and setting == "auto":
@@ -70,7 +71,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
             reason = getattr(error, "strerror", None) or error
             warn(f"compiled programs are not kept: {chosen}: {reason}")
         return None
-    # JAX compiles what it cannot read and skips what it cannot write; neither concerns the user.
+    # JAX compiles entries that it cannot read and skips those that it cannot write; neither concerns the user.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Hundreds of small programs take as long as the few large ones.
@@ -80,7 +81,7 @@ def enable(setting: str | None = "auto") -> pathlib.Path | None:
 
 
 def _machine() -> str:
-    """A folder name for jaxlib and this kind of CPU: machines that share a home may differ in their instructions."""
+    """A folder name for jaxlib and the CPU model: machines that share a home folder may differ in instruction sets."""
     kind = [platform.system(), platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
@@ -92,7 +93,7 @@ def _machine() -> str:
 
 
 def _tidy_at_exit(folder: pathlib.Path) -> None:
-    """Records the checksums of what this process has compiled."""
+    """Tidies once more, to record the checksums of entries that this process has written."""
     with contextlib.suppress(Exception):
         _tidy(folder)
 

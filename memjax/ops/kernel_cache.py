@@ -1,6 +1,7 @@
 """Compiled Triton kernels in the folder of JAX's persistent compilation cache.
 
-jax-triton compiles kernels anew in every process: JAX looks up the whole program in its cache only after that.
+Without it, every process would compile all kernels again: JAX looks up a program in its cache only after jax-triton has
+compiled the program's kernels.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ def keep_kernels(lib: Any) -> None:
         # Computed before the compilation, which modifies the module.
         key = "\n".join([str(module), repr(others), repr(named), version])
         path = pathlib.Path(folder) / f"triton-{hashlib.sha256(key.encode()).hexdigest()}{KERNEL_SUFFIX}"
-        # It is missing or damaged, or a version without this type.
+        # The entry is missing or damaged, or this version of jax-triton lacks the type.
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, zlib.error):
             return lib.CompilationResult(**json.loads(zlib.decompress(path.read_bytes())))
         compiled = compile_()
