@@ -126,6 +126,7 @@ def _shown(number: float | int) -> str:
 
 def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str = "") -> dict[str, TaskDict]:
     """Loads tasks for lm-eval's evaluator, by the names of tasks, groups and tags; `tasks` may hold patterns of names.
+    What a group or tag among them holds comes with it alone.
 
     If `folder` is given, only the tasks in its YAML files are known. `section`, with its dot, is the prefix of settings
     in messages.
@@ -156,7 +157,10 @@ def load_tasks(tasks: Sequence[str], folder: str | None = None, *, section: str 
             raise DataError(f"--{section}tasks {task.task_name}: runs programs of the model; for those see --questions")
         if task.OUTPUT_TYPE == "generate_until":
             _writing(task.get_config("generation_kwargs") or {})
-    return loaded
+    # A pattern matches groups and their tasks, which are to be asked once.
+    members = lambda found: itertools.chain(found["tasks"], found.get("groups", ()))
+    inside = {member for name, found in loaded.items() for member in members(found) if member != name}
+    return {name: found for name, found in loaded.items() if name not in inside}
 
 
 def _measure(

@@ -215,6 +215,22 @@ def test_a_failing_task_does_not_affect_the_others(harness, found, tmp_path, mon
     assert [json.loads(line)["task"] for line in answers] == ["first"] * len(CHOICES) + ["last"] * len(CHOICES)
 
 
+def test_tasks_of_a_group_are_asked_once(harness, found, tmp_path):
+    rule = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    rule |= {"output_type": "multiple_choice", "metric_list": [metric("acc")]}
+    for name in "part_1", "part_2", "alone":
+        write_task(tmp_path, name, CHOICES, **rule)
+    mean = [{"metric": "acc", "weight_by_size": False}]
+    for group, parts in ("part_all", ["part_1", "part_some"]), ("part_some", ["part_2"]):
+        document = {"group": group, "task": parts, "aggregate_metric_list": mean}
+        (tmp_path / f"{group}.yaml").write_text(json.dumps(document))
+    kept = []
+    measured = report(harness, found, tmp_path, "part_*", "alone", keep=kept.append)
+    asked = [sample["task"] for sample in kept]
+    assert {name: asked.count(name) for name in asked} == dict.fromkeys(["part_1", "part_2", "alone"], len(CHOICES))
+    assert set(measured["results"]) == {"part_1", "part_2", "part_all", "part_some", "alone"}
+
+
 def test_errors_of_the_model_are_not_blamed_on_a_task(harness, found, tmp_path, monkeypatch):
     rule = {"doc_to_text": "{{q}}", "doc_to_target": "a", "output_type": "generate_until"}
     write_task(tmp_path, "sound", CHOICES, **rule, metric_list=[metric("exact_match")])
