@@ -37,11 +37,12 @@ class LearnConfig(CheckpointSettings):
     """Optimizer of the rows."""
     epochs: Positive[int] | None = None
     """Most passes over the facts; learning ends when every fact is known. null: 16, or if the facts are few, as many as
-    make 128 batches."""
+    make 384 batches."""
     batch_size: Positive[int] = 16
     """Facts per batch, each in all its wordings."""
     replay: NotNegative[int] = 128
-    """Background texts replayed in each batch, so that the rows keep what they held."""
+    """Background texts replayed in each batch, so that the rows keep what they held; fewer, in proportion, if there are
+    fewer facts than batch_size."""
     background: LocalPath[str] | None = None
     """Other texts, whose reads of slots are compared with the facts': a file, folder or glob; null: the training
     data."""
@@ -57,8 +58,8 @@ class LearnConfig(CheckpointSettings):
 
 
 def fewest_epochs(facts: int, batch_size: int) -> int:
-    """16 passes over the facts, or as many as make 128 batches: in fewer steps, facts are not learned."""
-    return max(16, -(-128 // -(-facts // batch_size)))
+    """16 passes, or as many as make 384 batches, which facts in words that are new to the model need."""
+    return max(16, -(-384 // -(-facts // batch_size)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -86,7 +86,7 @@ def test_wrong_command_lines_are_refused(run, facts, command, words, code, probl
     assert problem in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("facts", "epochs"), [(1, 128), (16, 128), (17, 64), (120, 16), (10_000, 16)])
+@pytest.mark.parametrize(("facts", "epochs"), [(1, 384), (16, 384), (17, 192), (120, 48), (10_000, 16)])
 def test_few_facts_are_repeated_until_they_fill_as_many_batches(facts, epochs):
     assert learn.fewest_epochs(facts, batch_size=16) == epochs
 

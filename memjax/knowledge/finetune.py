@@ -44,7 +44,7 @@ class Recipe:
     """Facts in a batch."""
     optimizer: Literal["sgd", "rowwise_adam"] = "rowwise_adam"
     replay: int = 0
-    """Background texts replayed in every batch, to preserve what the rows held before."""
+    """Background texts replayed in a full batch, in proportion in smaller ones, to preserve what the rows held."""
     seed: int = 0
     """Seed of the order of facts and of the choice of replayed texts."""
 
@@ -77,8 +77,8 @@ def learn(
 ) -> Decoder:
     """Learns facts by changing rows of the tables and nothing else; returns a new model.
 
-    Texts are split into rows of at most `longest` tokens. `known` holds background texts, of which `recipe.replay` are
-    drawn for every batch. `after_epoch` is called with the epoch (from 1), its mean loss and the model after it, whose
+    Texts are split into rows of at most `longest` tokens. `known` holds background texts, some of which are replayed
+    in every batch. `after_epoch` is called with the epoch (from 1), its mean loss and the model after it, whose
     tables the next epoch overwrites; returning true stops the learning.
 
     Raises:
@@ -115,7 +115,8 @@ class _Batches:
     def __init__(self, facts: Sequence[Sequence[Pairs]], known: Sequence[Pairs], recipe: Recipe):
         """`facts` has the rows of each fact, `known` those of the background."""
         self._facts, self._known, self._size = facts, known, min(recipe.batch_size, len(facts))
-        self._num_known = round_up(recipe.replay) if known else 0
+        # In proportion, so that one fact is not lost among the texts that are replayed with it.
+        self._num_known = round_up(-(-recipe.replay * self._size // recipe.batch_size)) if known else 0
         most_new = sum(sorted(map(len, facts), reverse=True)[: self._size])
         width = width_of([*known, *(row for fact in facts for row in fact)])
         self._shape = (self._num_known + round_up(most_new), width)

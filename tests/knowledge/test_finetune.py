@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from drawn import drawn
 from memjax.data.sources.records import Segment
 from memjax.data.tokenizers.base import ByteTokenizer
-from memjax.knowledge.facts import Fact
-from memjax.knowledge.finetune import Recipe, chosen, learn, scores
+from memjax.knowledge.facts import Fact, pairs_of
+from memjax.knowledge.finetune import Recipe, _Batches, chosen, learn, scores
 from memjax.knowledge.reads import slot_reads
 from memjax.knowledge.slots import Background, count_texts, slot_report
 from memjax.models.parts import split_decoder, writable
@@ -175,3 +175,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model_of, monkey
     ):
         with pytest.raises(ValueError, match="the tokenizer has 300 tokens, the model 259: use the tokenizer"):
             run()
+
+
+@pytest.mark.parametrize(("facts", "replayed"), [(1, 8), (4, 32), (16, 128), (40, 128)])
+def test_texts_are_replayed_in_proportion_to_the_facts_of_a_batch(facts, replayed):
+    pairs, old = (pairs_of(texts, TOKENIZER) for texts in ([FACTS[0].wordings[0]], TEXTS))
+    recipe = Recipe(rows=3, lr=0.3, epochs=1, batch_size=16, replay=128)
+    for batch in _Batches([pairs[:1]] * facts, old, recipe).of_epoch():
+        assert batch["first_new"] == replayed
+        assert replayed < len(np.unique(np.asarray(batch["segments"]))) - 1 <= replayed + 16
