@@ -163,7 +163,7 @@ def test_a_served_run_answers_and_drains_on_sigterm(run):
         client.join(60)
         assert answers[0][1]["usage"]["completion_tokens"] == 2000
         rest = process.stdout.read() if process.stdout else ""
-        assert rest.startswith("SIGTERM: 1 running requests may end within 30 s; a second signal ends at once\n")
+        assert rest.startswith("SIGTERM: waiting up to 30 s for running requests (1); a second signal ends at once\n")
         assert rest.endswith("ended\n")
 
 

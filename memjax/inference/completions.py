@@ -84,7 +84,7 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
         prompts=prompts,
         model=fields.text("model"),
         max_tokens=fields.integer("max_tokens", 0, None, "a whole number that is not negative"),
-        # Logits divided by less overflow; the likeliest token is certain long before.
+        # Logits divided by less would overflow; the likeliest token is certain long before that.
         temperature=value if (value := fields.number("temperature", 0.0, 2.0, "a number in 0..2")) >= 1e-4 else 0.0,
         top_p=max(1e-6, fields.number("top_p", 0.0, 1.0, "a number above 0 and at most 1", above=True)),
         top_k=min(top_k, 1 << 31) if top_k and top_k > 0 else None,
@@ -149,7 +149,7 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     if used or not isinstance(include_usage, bool):
         fields.wrong("stream_options", 'an object such as {"include_usage": true}, where nothing else is true')
     elif not stream:
-        fields.wrong("stream_options", "left out where stream is false")
+        fields.wrong("stream_options", "left out if stream is false")
     return include_usage is True
 
 

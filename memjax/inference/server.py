@@ -138,7 +138,7 @@ class HttpServer:
         if self._draining is not None:
             _exit_now(128 + number)
         count, seconds = self._service.num_active, self._drain_seconds
-        say(f"{number.name}: {count} running requests may end within {seconds:g} s; a second signal ends at once")
+        say(f"{number.name}: waiting up to {seconds:g} s for running requests ({count}); a second signal ends at once")
         self.drain()
 
 

@@ -545,7 +545,7 @@ def test_a_failing_engine_reports_to_its_clients_and_continues(capfd):
         ({"prompt": "x", "logprobs": True}, "logprobs", "logprobs=true must be"),
         ({"prompt": "x", "echo": 1}, "echo", "echo=1 must be true or false"),
         ({"prompt": "x", "stream": "yes"}, "stream", "must be true or false"),
-        ({"prompt": "x", "stream_options": {}}, "stream_options", "left out where stream is false"),
+        ({"prompt": "x", "stream_options": {}}, "stream_options", "left out if stream is false"),
         ({"prompt": "x", "stream": True, "stream_options": {"a": 1}}, "stream_options", "must be an object such as"),
         (
             {"prompt": "x", "stream": True, "stream_options": {"include_usage": 2}},
