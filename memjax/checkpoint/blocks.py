@@ -16,7 +16,7 @@ _SMALL_BYTES = 16 << 20
 """Arrays up to this size are never split."""
 
 BLOCKS = 512
-"""Blocks per item aimed at: while a block is read, host memory holds about four copies of it."""
+"""Target number of blocks per item: while one is read, host memory holds about four copies of it."""
 
 
 def block_rows(leaf: jax.Array, item_bytes: int, most_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Digests of documents, and of arrays, where they do not depend on the mesh."""
+"""Digests of documents and of arrays; those of arrays are the same on every mesh."""
 
 import functools
 import hashlib
