@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memjax.sharding.rules import without_first_axis
 
@@ -60,6 +61,9 @@ def join_blocks(
     target: jax.ShapeDtypeStruct, places: Mapping[str, tuple[int, int]], found: Iterator[jax.Array]
 ) -> jax.Array:
     """The leaf, joined from its blocks, which are written one by one into a donated array."""
+    if not places:
+        empty = np.zeros(target.shape, target.dtype)  # a compiled program would not split it over the devices
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: empty[index])
     if len(places) == 1:
         return next(found)
     leaf = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=target.sharding)(target.shape, target.dtype)

@@ -123,6 +123,16 @@ def test_every_dtype_comes_back_bit_for_bit_on_another_mesh(tmp_path, shape, blo
         assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
 
 
+def test_empty_arrays_come_back_split_over_the_devices(tmp_path):
+    split = place(mesh_of(2, 4), None, "memory")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": {"w": jax.device_put(np.zeros((0, 8), np.float32), split)}}, {})
+    target = jax.ShapeDtypeStruct((0, 8), jnp.float32, sharding=split)
+    array = checkpoints.restore({"params": {"w": target}}).arrays["params"]["w"]
+    assert {shard.data.shape for shard in array.addressable_shards} == {(0, 2)}
+    assert np.asarray(array).shape == (0, 8)
+
+
 def test_float64_comes_back(tmp_path):
     with jax.enable_x64(True):
         values = {"w": jnp.linspace(0, 1, 30).reshape(10, 3), "n": jnp.arange(5)}
