@@ -80,7 +80,7 @@ def apply(run: str, path: str, *, settings: ApplyConfig) -> None:
         print(f"written to {settings.out}: the model of {run} with {in_words(patch)}")
         return
     print(f"applied to {run}: {in_words(patch)}")
-    print(f"take it back  {PROG} revert {shlex.quote(run)} {patch.identity}")
+    print(f"revert it  {PROG} revert {shlex.quote(run)} {patch.identity}")
 
 
 def revert(run: str, path: str, *, settings: RevertConfig) -> None:
@@ -88,7 +88,7 @@ def revert(run: str, path: str, *, settings: RevertConfig) -> None:
     from memjax.runs.patches import edit
 
     patch = edit.revert(run, path, step=settings.checkpoint)
-    print(f"taken back from {run}: {in_words(patch)}")
+    print(f"reverted in {run}: {in_words(patch)}")
 
 
 def merge(*paths: str, settings: MergeConfig) -> None:

@@ -229,7 +229,7 @@ def _held_out(loaded: LoadedModel, held_out: Sequence[Fact] | None) -> dict[str,
             (Segment(question.prompt, False), Segment(question.answer, True))
             for question in biographies.questions(people, asked)
         ]
-        for name, asked in (("old facts, asked in training", True), ("old facts, only told there", False))
+        for name, asked in (("old facts, asked in training", True), ("old facts, seen, not asked", False))
     }
 
 
