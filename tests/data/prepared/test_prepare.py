@@ -323,6 +323,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.usefixtures("heeding_hangups")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_all_processes_is_reported_once(tmp_path, number):
     path, program = tmp_path / "a.txt", tmp_path / "program.py"
