@@ -42,7 +42,7 @@ def figure(families: Families, path: pathlib.Path) -> None:
     panels = [
         ("Held-out articles", "bits per byte", by_tokens),
         ("Held-out articles, at the end", "bits per byte", {"_dense": dense, **by_flops}),
-        ("Facts, by how often the text tells them", "nats of the answer, relative to the first model", by_bin),
+        ("Facts, by how often the text states them", "nats of the answer, relative to the first model", by_bin),
     ]
     styles = {NAMES[name]: style(name) for name in families}
     styles["_dense"] = {"color": COLORS["dense"], "marker": "none", "capsize": 0, "alpha": 0.5}
