@@ -81,10 +81,10 @@ def _compare(folder: pathlib.Path, runs: Sequence[pathlib.Path]) -> None:
     """Prints a comparison of the runs; an error here does not change the sweep's exit code."""
     from memjax.monitoring import comparison
     from memjax.monitoring.compared_runs import read_runs, summary_table
-    from memjax.monitoring.metrics import read_metrics
+    from memjax.monitoring.metrics import has_metrics
 
     try:
-        if not (begun := [run for run in runs if read_metrics(run / "metrics.jsonl")]):
+        if not (begun := [run for run in runs if has_metrics(run / "metrics.jsonl")]):
             return
         found = read_runs(begun)
         out = folder / "comparison.png"

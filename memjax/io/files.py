@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pathlib
@@ -14,14 +15,15 @@ MAX_BYTES = 1 << 28
 """Maximum size of a document; a tokenizer of 256,000 tokens has about 40 MB."""
 
 
-def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYTES) -> bytes:
-    """The content of a regular file.
+@contextlib.contextmanager
+def open_document(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
+    """A regular file, open for reading.
 
     In an untrusted folder, a name may be an endless pipe or a device. Only pipes of a shell, such as /dev/fd/63 or
     /proc/self/fd/63, are read.
 
     Raises:
-        OSError: the file cannot be read, is not a regular file, or is larger than most_bytes.
+        OSError: the file cannot be read, or is not a regular file.
     """
     path = os.fspath(path)
     is_shell_pipe = path.startswith(("/dev/fd/", "/proc/self/fd/")) or path == "/dev/stdin"
@@ -29,14 +31,24 @@ def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYT
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if is_shell_pipe else os.O_NONBLOCK))
     # Given a path instead of a descriptor, `open` names the file in its errors.
     with open(path, "rb", opener=lambda *_: handle) as file:
-        status = os.fstat(handle)
         if not is_shell_pipe:
-            check_regular(status, path)
+            check_regular(os.fstat(handle), path)
+        yield file
+
+
+def read_document(path: str | os.PathLike[str], most_bytes: int | None = MAX_BYTES) -> bytes:
+    """The content of a regular file, opened like `open_document`.
+
+    Raises:
+        OSError: the file cannot be read, is not a regular file, or is larger than most_bytes.
+    """
+    with open_document(path) as file:
         if most_bytes is None:
             return file.read()
-        content = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
-    if status.st_size > most_bytes or len(content) > most_bytes:
-        raise OSError(errno.EFBIG, f"more than {most_bytes:,} bytes", path)
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(most_bytes + 1) if size <= most_bytes else b""
+    if size > most_bytes or len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"more than {most_bytes:,} bytes", os.fspath(path))
     return content
 
 

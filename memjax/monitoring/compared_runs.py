@@ -16,7 +16,7 @@ from memjax.config.run import RunConfig
 from memjax.config.schema import show
 from memjax.errors import ConfigError, DataError
 from memjax.io.files import read_object
-from memjax.monitoring.metrics import Row, comparable, read_metrics
+from memjax.monitoring.metrics import Metrics, read_metrics
 
 Axis = Literal["step", "tokens", "seconds"]
 Values = NDArray[np.float64]
@@ -35,7 +35,7 @@ class Run:
     """Metrics, settings and summary of one run."""
 
     name: str
-    rows: list[Row]
+    metrics: Metrics
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings, by dotted name."""
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -43,13 +43,13 @@ class Run:
 
     def values(self, metric: str) -> Values:
         """A metric at every step; NaN where it was not measured, or was not finite."""
-        return np.array([np.nan if row.get(metric) is None else row[metric] for row in self.rows], np.float64)
+        return self.metrics.values(metric)
 
     def slot_share(self, field: str) -> Values:
         """A share of the slots at every step, averaged over the memory layers; NaN where it was not measured."""
         pattern = re.compile(rf"memory/[^/]+/{field}")
-        metrics = sorted({metric for row in self.rows for metric in row if pattern.fullmatch(metric)})
-        return np.mean([self.values(metric) for metric in metrics] or [np.full(len(self.rows), np.nan)], axis=0)
+        found = [self.values(metric) for metric in sorted(filter(pattern.fullmatch, self.metrics.names()))]
+        return np.mean(found or [np.full(len(self.metrics.steps), np.nan)], axis=0)
 
     def final(self, metric: str) -> float:
         """Final value of a metric, a setting, or a number of the summary such as facts/asked/accuracy."""
@@ -79,14 +79,14 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[Run]:
     paths = {folder.resolve(): folder for folder in folders}
     runs = []
     for path, folder in paths.items():
-        rows = comparable(read_metrics(path / "metrics.jsonl"))
-        if not rows:
+        metrics = read_metrics(path / "metrics.jsonl")
+        if not len(metrics.steps):
             raise DataError(f"{folder}: there are no metrics in metrics.jsonl; name the folder of a run that has begun")
         lengths = range(1, len(path.parts) + 1)
         ends = (path.parts[-length:] for length in lengths)
         name = next(end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)
         runs.append(
-            Run("/".join(name), rows, _settings(path / "config.yaml"), read_object(path / "summary.json") or {})
+            Run("/".join(name), metrics, _settings(path / "config.yaml"), read_object(path / "summary.json") or {})
         )
     return runs
 
@@ -129,7 +129,7 @@ def smoothed(values: Values, window: int) -> Values:
 
 def smoothing_window(runs: Sequence[Run]) -> int:
     """Steps to average over: a fiftieth of the longest run."""
-    return max(1, max(len(run.rows) for run in runs) // _PARTS)
+    return max(1, max(len(run.metrics.steps) for run in runs) // _PARTS)
 
 
 def summary_table(runs: Sequence[Run]) -> list[list[str]]:
@@ -152,7 +152,7 @@ def summary_table(runs: Sequence[Run]) -> list[list[str]]:
                 run.name,
                 *(show(run.settings[name]) if name in run.settings else "-" for name in settings),
                 *(form(run) for form in numbers.values()),
-                f"{run.rows[-1]['step']:,}",
+                f"{run.metrics.steps[-1]:,}",
                 f"{np.nansum(run.values('train/tokens')):,.0f}",
                 _number(loss[-1:], ".4f"),
                 _number([np.nanmin(validation)] if np.isfinite(validation).any() else [], ".4f"),

@@ -7,12 +7,15 @@ import json
 import math
 import os
 import pathlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from memjax.io.console import warn
-from memjax.io.files import read_document, write_atomic
+from memjax.io.files import open_document, write_atomic
 
 Row = dict[str, Any]
 
@@ -48,11 +51,8 @@ class MetricsFile:
         self._written = 0
         """Size of the file in bytes, up to the last complete line."""
         self._warned = False
-        # Lines are kept as they are, since a long run has a million of them.
-        lines = {row["step"]: line for row, line in _rows(path) if row["step"] <= last_step}
-        write_atomic(path, b"".join(lines[step] + b"\n" for step in sorted(lines)))
         self._file: io.FileIO | None = None
-        self._open()
+        self._rewrite(lambda row, line: line if row["step"] <= last_step else None)
 
     def write(self, row: Row) -> None:
         """Queues a row; values that are not finite become null, since JSON has no others."""
@@ -61,10 +61,8 @@ class MetricsFile:
     def amend(self, step: int, more: Row) -> None:
         """Adds metrics to the row of a step that is already in the file."""
         self.flush()
-        rows = [row | more if row["step"] == step else row for row in read_metrics(self.path)]
         try:
-            write_atomic(self.path, "".join(_line(row) for row in rows))
-            self._open()
+            self._rewrite(lambda row, line: _line(row | more).encode() if row["step"] == step else line)
         except OSError as error:
             self._warn(error)
 
@@ -100,6 +98,13 @@ class MetricsFile:
             with contextlib.suppress(OSError):
                 self._file.close()
 
+    def _rewrite(self, change: Callable[[Row, bytes], bytes | None]) -> None:
+        """Replaces every line by what `change` makes of it, in order of steps, and opens the file."""
+        # Lines are kept as they are, since a long run has a million of them.
+        lines = {row["step"]: new for row, line in _rows(self.path) if (new := change(row, line)) is not None}
+        write_atomic(self.path, b"".join(lines[step] for step in sorted(lines)))
+        self._open()
+
     def _open(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
@@ -121,68 +126,119 @@ class MetricsFile:
             warn(f"{self.path} cannot be written ({error}); the run continues, and its lines wait until it can")
 
 
-def read_metrics(path: pathlib.Path) -> list[Row]:
-    """The rows of a metrics file in order of steps, without damaged lines and values; the last row of a step counts."""
-    rows = {row["step"]: row for row, _ in _rows(path)}
-    return [rows[step] for step in sorted(rows)]
+WINDOW = "slots/window_steps"
+"""Number of steps that the slot statistics of a row cover."""
+
+
+class Metrics:
+    """The metrics of a run in order of its steps: one column each, so that a million steps take little memory.
+
+    Slot statistics over another number of steps than most are left out, since they cannot be compared.
+    """
+
+    def __init__(self, rows: Iterable[Row]):
+        """From the rows of a file, of which the last one of a step counts."""
+        steps = array("q")
+        found: dict[str, tuple[array[int], array[float]]] = {}
+        self._whole: dict[str, bool] = {}
+        """Whether a column has only integers."""
+        for number, row in enumerate(rows):
+            steps.append(row["step"])
+            for name, value in row.items():
+                if name not in found:
+                    found[name], self._whole[name] = (array("q"), array("d")), True
+                numbers, values = found[name]
+                numbers.append(number)
+                values.append(math.nan if value is None else value)
+                self._whole[name] &= isinstance(value, int | None)
+        # Of equal steps np.unique finds the first, which is the last in the file.
+        self.steps, from_end = np.unique(np.asarray(steps, np.int64)[::-1], return_index=True)
+        places = np.full(len(steps), -1)
+        places[len(steps) - 1 - from_end] = np.arange(len(self.steps))
+        self._columns: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        """Of each metric, the places in `steps` where it was written, and the values there; NaN for null."""
+        for name in list(found):
+            numbers, values = found.pop(name)  # so that what was read is freed on the way
+            self._columns[name] = places[numbers], np.asarray(values)
+            self._keep([name], np.arange(len(self.steps)))
+        self._usage = self._keep_equal_windows()
+
+    def values(self, name: str) -> NDArray[np.float64]:
+        """A metric at every step; NaN where it was not measured, or was not finite."""
+        full = np.full(len(self.steps), np.nan)
+        places, values = self._columns.get(name, ((), ()))
+        full[np.asarray(places, int)] = values
+        return full
+
+    def names(self) -> list[str]:
+        """The names of all metrics."""
+        return list(self._columns)
+
+    def last(self) -> Row:
+        """The metrics of the last step, with its number; empty without steps."""
+        return self._row(len(self.steps) - 1) if len(self.steps) else {}
+
+    def last_usage(self) -> Row:
+        """The metrics of the last step with slot statistics, with its number; empty without any."""
+        return self._row(int(self._usage[-1])) if len(self._usage) else {}
+
+    def _row(self, place: int) -> Row:
+        row = {}
+        for name, (places, values) in self._columns.items():
+            for value in values[places == place].tolist():
+                row[name] = None if math.isnan(value) else int(value) if self._whole[name] else value
+        return row
+
+    def _keep(self, names: Iterable[str], places: NDArray[np.int64]) -> None:
+        for name in names:
+            there, values = self._columns[name]
+            is_kept = np.isin(there, places)
+            self._columns[name] = there[is_kept], values[is_kept]
+
+    def _keep_equal_windows(self) -> NDArray[np.int64]:
+        """Leaves out the slot statistics over another number of steps than the most common one; returns the places of
+        the rest.
+
+        Old rows, which lack that number, are taken to count from the previous row with statistics.
+        """
+        names = [name for name in self._columns if name.startswith("memory/")]
+        places = np.unique(np.concatenate([self._columns[name][0] for name in names] or [np.arange(0)]))
+        windows = self.values(WINDOW)[places]
+        windows = np.where(np.isnan(windows), np.diff(self.steps[places], prepend=0), windows)
+        lengths, counts = np.unique(windows, return_counts=True)
+        places = places[np.isin(windows, lengths[counts == counts.max(initial=0)][-1:])]
+        self._keep([*names, *({WINDOW} & self._columns.keys())], places)
+        return places
+
+
+def read_metrics(path: pathlib.Path) -> Metrics:
+    """The metrics in a file, without damaged lines and values."""
+    return Metrics(row for row, _ in _rows(path))
+
+
+def has_metrics(path: pathlib.Path) -> bool:
+    """Whether a file has the metrics of any step."""
+    return any(True for _ in _rows(path))
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[Row, bytes]]:
     """The rows in a metrics file, without damaged lines and values, each with its line."""
-    try:
-        lines = read_document(path, None).splitlines()
-    except FileNotFoundError:
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)  # invalid UTF-8 is a ValueError too
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            if not all(map(_is_metric, row.values())):
-                row = {name: value for name, value in row.items() if _is_metric(value)}
-                line = _line(row).rstrip().encode()
-            yield row, line
+    with contextlib.suppress(FileNotFoundError), open_document(path) as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)  # invalid UTF-8 is a ValueError too
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int and _is_metric(row["step"]):
+                if not all(map(_is_metric, row.values())):
+                    row = {name: value for name, value in row.items() if _is_metric(value)}
+                    line = _line(row).encode()
+                yield row, line.rstrip() + b"\n"
 
 
 def _is_metric(value: Any) -> bool:
     """Whether a run can have written the value: a float, an integer of 64 bits, or null."""
     return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
-
-
-WINDOW = "slots/window_steps"
-"""Number of steps that the slot statistics of a row cover."""
-
-
-def has_usage(row: Row) -> bool:
-    """Whether a row has slot statistics."""
-    return any(name.startswith("memory/") for name in row)
-
-
-def usage_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows with comparable slot statistics: those that cover the most common number of steps.
-
-    Old rows, which lack that number, are taken to count from the previous row with statistics.
-    """
-    found, before = [], 0
-    for row in rows:
-        if has_usage(row):
-            found.append({WINDOW: row["step"] - before} | row)
-            before = row["step"]
-    counts = Counter(row[WINDOW] for row in found)
-    if not counts:
-        return []
-    window = max(counts, key=lambda steps: (counts[steps], steps))
-    return [row for row in found if row[WINDOW] == window]
-
-
-def comparable(rows: Sequence[Row]) -> list[Row]:
-    """All rows, but without slot statistics in those that `usage_rows` leaves out."""
-    kept = {row["step"] for row in usage_rows(rows)}
-    usage = lambda name: name.startswith("memory/") or name == WINDOW
-    return [
-        row if row["step"] in kept else {name: value for name, value in row.items() if not usage(name)} for row in rows
-    ]
 
 
 def _line(row: Row) -> str:

@@ -5,11 +5,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from memjax.io.files import write_atomic
-from memjax.monitoring.metrics import Row, comparable
+from memjax.monitoring.metrics import Metrics
 
 
-def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
+def plot_run(metrics: Metrics, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes loss.png and, for models with memory, slots.png; returns the files written."""
     # matplotlib takes a second to import. pyplot is avoided, because its state belongs to the caller, as in a notebook.
     from matplotlib.figure import Figure
@@ -22,13 +24,14 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
         axes.set(title=title, xlabel="step", ylabel=axis_label)
         ends = []
         for key, label in curves.items():
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            (line,) = axes.plot(
-                *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3, linewidth=1.2
-            )
-            ends.append((points[-1], label, line.get_color()))
+            values = metrics.values(key)
+            known = np.isfinite(values)
+            steps, values = metrics.steps[known], values[known]
+            marker = "o" if len(steps) < 30 else None
+            (line,) = axes.plot(steps, values, marker=marker, markersize=3, linewidth=1.2)
+            ends.append(((steps[-1], values[-1]), label, line.get_color()))
         # matplotlib warns about logarithmic axes without positive values.
-        if log and any((row.get(key) or 0) > 0 for row in rows for key in curves):
+        if log and any((metrics.values(key) > 0).any() for key in curves):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
@@ -38,14 +41,13 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
         written.append(write_atomic(folder / name, image.getvalue()))
 
     def present(curves: dict[str, str]) -> dict[str, str]:
-        return {key: label for key, label in curves.items() if any(row.get(key) is not None for row in rows)}
+        return {key: label for key, label in curves.items() if np.isfinite(metrics.values(key)).any()}
 
     losses = present({"train/loss": "training", "eval/validation/loss": "validation"})
     if losses:
         save("loss.png", "Loss", "nats per token", losses, log=True)
-    layers = sorted({name.split("/")[1] for row in rows for name in row if name.startswith("memory/")})
+    layers = sorted({name.split("/")[1] for name in metrics.names() if name.startswith("memory/")})
     fields = {"used_fraction": "used", "effective_fraction": "effective"}
-    rows = comparable(rows)
     slots = {f"memory/{layer}/{field}": f"{layer} {label}" for layer in layers for field, label in fields.items()}
     if slots := present(slots):
         save("slots.png", "Slots of the memory layers", "share of slots", slots, log=False)
@@ -54,8 +56,6 @@ def plot_run(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 
 def label_ends(axes: Any, ends: Sequence[tuple[Any, str, Any]]) -> None:
     """Writes each curve's name and last value at its end, moving labels apart if curves end close to each other."""
-    import numpy as np
-
     axes.autoscale_view()  # otherwise the limits are still those of an empty picture
     places = axes.transAxes.inverted().transform(axes.transData.transform([end for end, _, _ in ends]))
     lowest = -np.inf

@@ -22,7 +22,7 @@ from memjax.io.console import say, warn
 from memjax.io.files import read_object, write_atomic
 from memjax.io.lock import Locked, locked
 from memjax.io.paths import local_path
-from memjax.monitoring.metrics import read_metrics
+from memjax.monitoring.metrics import has_metrics
 from memjax.runs.environment import environment
 from memjax.runs.layout import CHECKPOINTS
 from memjax.runs.saved import read_config, read_tokenizer
@@ -124,7 +124,7 @@ class RunFolder:
 
     def began(self) -> bool:
         """Whether the folder holds a step or metrics; until then, any settings may start a run in it."""
-        return bool(Checkpoints(self.checkpoints).steps() or read_metrics(self.metrics))
+        return bool(Checkpoints(self.checkpoints).steps()) or has_metrics(self.metrics)
 
     def saved_config(self) -> RunConfig | None:
         """The settings of the run; None if it has not begun. All processes must call it.

@@ -4,6 +4,7 @@ import shlex
 import time
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from memjax.data.sources.kinds import find_source
@@ -12,7 +13,7 @@ from memjax.errors import CheckpointError
 from memjax.evaluation.recall import fact_report, format_fact_report
 from memjax.io.console import fitted, say
 from memjax.models.counts import count_parameters
-from memjax.monitoring.metrics import WINDOW, comparable, has_usage, read_metrics
+from memjax.monitoring.metrics import WINDOW, read_metrics
 from memjax.monitoring.plots import plot_run
 from memjax.runs.folder import RunFolder
 from memjax.sharding.mesh import divisible, put_batch
@@ -59,13 +60,13 @@ def _ask_for_facts(program: TrainProgram, state: TrainState, mesh: Mesh, tokeniz
 
 
 def _write(program: TrainProgram, folder: RunFolder, report: dict[str, Any] | None) -> None:
-    steps, rows = program.config.train.steps, comparable(read_metrics(folder.metrics))
-    usage = next((row for row in reversed(rows) if has_usage(row)), {})
+    steps, metrics = program.config.train.steps, read_metrics(folder.metrics)
+    usage = metrics.last_usage()
     summary: dict[str, Any] = {
         "steps": steps,
-        "metrics": {name: value for name, value in (usage | (rows[-1] if rows else {})).items() if name != "step"},
-        "plots": [str(path) for path in plot_run(rows, folder.plots)],
-        "training_seconds": sum(row.get("throughput/step_seconds", 0) for row in rows),
+        "metrics": {name: value for name, value in (usage | metrics.last()).items() if name != "step"},
+        "plots": [str(path) for path in plot_run(metrics, folder.plots)],
+        "training_seconds": float(np.nansum(metrics.values("throughput/step_seconds"))),
         "parameters": count_parameters(program.parts).total,
         "flops_per_token": program.flops_per_token,
     }

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from memjax.monitoring.metrics import WINDOW, MetricsFile, Row, peak_flops, read_metrics
 from memjax.monitoring.progress import ProgressLines
@@ -79,8 +80,8 @@ class Throughput(Hook):
     def begin(self, trainer: "Trainer") -> None:
         """Counts the tokens of the logged rows if the checkpoint lacks the count."""
         if self._tokens_seen is None:
-            rows = read_metrics(trainer.folder.metrics)
-            self._tokens_seen = sum(row.get("train/tokens") or 0 for row in rows if row["step"] <= trainer.first_step)
+            metrics = read_metrics(trainer.folder.metrics)
+            self._tokens_seen = int(np.nansum(metrics.values("train/tokens")[metrics.steps <= trainer.first_step]))
 
     def on_row(self, trainer: "Trainer", row: Row) -> None:
         tokens = row["train/tokens"]

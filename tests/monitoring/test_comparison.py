@@ -16,6 +16,7 @@ from memjax.errors import DataError
 from memjax.io.console import format_table
 from memjax.monitoring.compared_runs import Run, read_runs, smoothed, smoothing_window, summary_table
 from memjax.monitoring.comparison import draw, missing
+from memjax.monitoring.metrics import Metrics
 
 
 def row(step: int, *, memory: bool = True) -> dict:
@@ -30,7 +31,7 @@ def row(step: int, *, memory: bool = True) -> dict:
 
 
 def run(name: str, steps: int, *, memory: bool = True) -> Run:
-    return Run(name, [row(step, memory=memory) for step in range(1, steps + 1)])
+    return Run(name, Metrics(row(step, memory=memory) for step in range(1, steps + 1)))
 
 
 @given(values=st.lists(st.floats(-10, 10) | st.just(float("nan")), min_size=1, max_size=30), window=st.integers(1, 40))
@@ -75,7 +76,7 @@ def test_a_folder_without_metrics_is_refused(tmp_path):
 
 
 def test_missing_values_of_runs_are_noted():
-    lacking = Run("short", [{"step": 1, "train/loss": 1.0}])
+    lacking = Run("short", Metrics([{"step": 1, "train/loss": 1.0}]))
     assert missing([run("a", 8), lacking]) == [
         "no validation loss in short",
         "no throughput in short",
@@ -93,7 +94,7 @@ def test_places_on_the_axes_are_sums_over_the_steps():
 
 
 def test_the_table_shows_where_runs_ended():
-    bad = Run("bad", [{"step": 1, "train/loss": None}])
+    bad = Run("bad", Metrics([{"step": 1, "train/loss": None}]))
     assert summary_table([run("good", 8), bad])[1:] == [
         ["good", "8", "800", "0.5000", "0.6250", "200", "65.0%"],
         ["bad", "1", "0", "-", "-", "-", "-"],
@@ -102,9 +103,9 @@ def test_the_table_shows_where_runs_ended():
 
 RUNS = {
     "different lengths and odd names": [run("long", 200), run("_$x$ <b>&amp;", 7), run("dense", 60, memory=False)],
-    "nothing but nulls": [Run("nulls", [{"step": 1, "train/loss": None}])],
+    "nothing but nulls": [Run("nulls", Metrics([{"step": 1, "train/loss": None}]))],
     "more runs than colours have names": [run(f"run {number}", 4) for number in range(12)],
-    "losses of zero": [Run("zero", [row(1) | {"train/loss": 0.0}])],
+    "losses of zero": [Run("zero", Metrics([row(1) | {"train/loss": 0.0}]))],
 }
 
 

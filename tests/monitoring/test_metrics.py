@@ -7,12 +7,13 @@ import sys
 import tracemalloc
 
 import jax
+import numpy as np
 import pytest
 
 from memjax.io.console import say
 from memjax.monitoring import metrics
 from memjax.monitoring import progress as progress_module
-from memjax.monitoring.metrics import WINDOW, MetricsFile, comparable, peak_flops, read_metrics, usage_rows
+from memjax.monitoring.metrics import WINDOW, Metrics, MetricsFile, has_metrics, peak_flops, read_metrics
 from memjax.monitoring.progress import ProgressLines, Stopwatch
 from memjax.monitoring.units import clock
 
@@ -28,10 +29,10 @@ def test_lines_after_the_restored_step_are_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 8))
     file = MetricsFile(path, last_step=5)
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
+    assert read_metrics(path).steps.tolist() == [1, 2, 3, 4, 5]
     file.write({"step": 6, "train/loss": 0.5})
     file.close()
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert read_metrics(path).steps.tolist() == [1, 2, 3, 4, 5, 6]
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -39,7 +40,7 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_replaced(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [1, 2, 3])
     path.write_text(path.read_text()[:-9])
-    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert read_metrics(path).steps.tolist() == [1, 2]
     file = MetricsFile(path, last_step=3)
     file.write({"step": 3, "train/loss": 0.25})
     file.close()
@@ -58,13 +59,31 @@ def test_a_long_file_is_opened_in_little_more_memory_than_it_takes(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert read_metrics(path) == rows[:4990]
-    # The file, its lines and the output; parsed into rows they would take seven times the file's size.
-    assert peak < 4.5 * size
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:4990]
+    # Its lines and the output; parsed into rows they would take seven times the file's size.
+    assert peak < 2.7 * size
+
+
+def test_the_metrics_of_a_long_run_take_less_memory_than_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = range(1, 5001)
+    path.write_text(
+        "".join(json.dumps({"step": s} | {f"metric {n}": s / (n + 7) for n in range(11)}) + "\n" for s in steps)
+    )
+    tracemalloc.start()
+    try:
+        found = read_metrics(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.values("metric 3").tolist() == [step / 10 for step in steps]
+    assert peak < path.stat().st_size  # rows of Python numbers would take ten times as much
 
 
 def test_a_missing_file_has_no_rows(tmp_path):
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert (found.steps.tolist(), found.names(), found.last(), found.last_usage()) == ([], [], {}, {})
+    assert not has_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_numbers_that_json_cannot_represent_become_null(tmp_path):
@@ -83,7 +102,7 @@ def test_rows_are_on_disk_after_a_flush(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
     file.write({"step": 1})
     file.flush()
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     file.close()
 
 
@@ -194,6 +213,7 @@ DAMAGE = [
     b"[1, 2]",
     b'{"train/loss": 1.0}',
     b'{"step": "4"}',
+    b'{"step": 18446744073709551616}',
     b'{"step": 4, "tr',
     b"",
     b"null",
@@ -207,7 +227,7 @@ def test_a_damaged_line_does_not_affect_others(tmp_path, damage):
     write(path, range(1, 8))
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([*lines[:3], damage, *lines[4:]]))
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 5, 6, 7]
+    assert read_metrics(path).steps.tolist() == [1, 2, 3, 5, 6, 7]
     MetricsFile(path, last_step=6).close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 5, 6]
 
@@ -215,7 +235,25 @@ def test_a_damaged_line_does_not_affect_others(tmp_path, damage):
 def test_a_duplicate_step_is_read_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "a": 1}\n{"step": 2, "a": 2}\n')
-    assert read_metrics(path) == [{"step": 1}, {"step": 2, "a": 2}]
+    found = read_metrics(path)
+    assert (found.steps.tolist(), found.last()) == ([1, 2], {"step": 2, "a": 2})
+    assert str(found.values("a").tolist()) == "[nan, 2.0]"
+
+
+def test_only_the_last_row_of_a_step_counts_wherever_it_stands():
+    rows = [{"step": 3, "a": 1.5}, {"step": 1, "a": 2}, {"step": 3, "b": None}, {"step": 2, "a": 0.5, "b": 4}]
+    found = Metrics(rows)
+    assert found.steps.tolist() == [1, 2, 3]
+    assert str(found.values("a").tolist()) == "[2.0, 0.5, nan]"
+    assert str(found.values("b").tolist()) == "[nan, 4.0, nan]"
+    assert found.last() == {"step": 3, "b": None}
+
+
+def test_the_last_row_is_what_was_written():
+    row = {"step": 7, "tokens": 1 << 52, "loss": 0.1, "exact": 2.0, "null": None}
+    found = Metrics([{"step": 6, "exact": 1, "null": 3}, row]).last()
+    assert found == row
+    assert {name: type(value) for name, value in found.items()} == {name: type(value) for name, value in row.items()}
 
 
 def test_lines_wait_while_the_disk_is_full_and_follow_in_order(tmp_path, monkeypatch, capsys):
@@ -242,7 +280,7 @@ def test_lines_wait_while_the_disk_is_full_and_follow_in_order(tmp_path, monkeyp
     printed = capsys.readouterr().err
     assert printed.count("cannot be written") == 1
     assert "No space left" in printed
-    assert read_metrics(path) == [{"step": 1}]
+    assert read_metrics(path).steps.tolist() == [1]
     # Nor can the partial write be undone.
     monkeypatch.setattr(Full, "truncate", lambda *_: (_ for _ in ()).throw(OSError(5, "broken")), raising=False)
     file.write({"step": 4})
@@ -250,7 +288,7 @@ def test_lines_wait_while_the_disk_is_full_and_follow_in_order(tmp_path, monkeyp
     file._file = real
     file.write({"step": 5})
     file.close()
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
+    assert read_metrics(path).steps.tolist() == [1, 2, 3, 4, 5]
     assert "can be written again; no step is missing" in capsys.readouterr().err
 
 
@@ -264,7 +302,7 @@ def test_a_file_that_is_removed_while_it_is_written_starts_again(tmp_path):
     path.parent.rmdir()
     file.write({"step": 2})
     file.close()
-    assert read_metrics(path) == [{"step": 2}]
+    assert path.read_text() == '{"step": 2}\n'
 
 
 def test_a_row_can_be_amended(tmp_path):
@@ -274,7 +312,7 @@ def test_a_row_can_be_amended(tmp_path):
     file.amend(2, {"eval/validation/loss": 0.5})
     file.write({"step": 3})
     file.close()
-    assert [row.get("eval/validation/loss") for row in read_metrics(path)] == [None, 0.5, None]
+    assert str(read_metrics(path).values("eval/validation/loss").tolist()) == "[nan, 0.5, nan]"
 
 
 def usage(step, window=None):
@@ -293,13 +331,14 @@ def usage(step, window=None):
     ],
 )
 def test_slot_statistics_over_fewer_steps_are_not_compared(rows, steps):
-    assert [row["step"] for row in usage_rows(rows)] == steps
-    kept = comparable(rows)
-    assert [row["step"] for row in kept] == [row["step"] for row in rows]
-    assert [row["step"] for row in kept if "memory/L1/used_fraction" in row] == steps
+    found = Metrics(rows)
+    assert found.steps.tolist() == [row["step"] for row in rows]
+    known = ~np.isnan(found.values("memory/L1/used_fraction"))
+    assert found.steps[known].tolist() == steps
+    assert found.last_usage() == next((row for row in reversed(rows) if row["step"] in steps), {})
 
 
 def test_an_invalid_value_does_not_affect_others(tmp_path):
     odd = {"step": 1, "loss": 2.5, "a": [1], "b": "\x00", "c": {"d": 1}, "e": 10**4000, "f": True, "g": None, "h": -3}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(odd) + "\n")
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5, "f": True, "g": None, "h": -3}]
+    assert read_metrics(tmp_path / "metrics.jsonl").last() == {"step": 1, "loss": 2.5, "f": True, "g": None, "h": -3}

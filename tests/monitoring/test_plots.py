@@ -7,6 +7,7 @@ from matplotlib.text import Annotation
 
 from memjax.monitoring.compared_runs import Run
 from memjax.monitoring.comparison import draw
+from memjax.monitoring.metrics import Metrics
 from memjax.monitoring.plots import label_ends, plot_run
 
 
@@ -22,7 +23,7 @@ def rows(memory: bool):
 
 @pytest.mark.parametrize(("memory", "names"), [(True, ["loss.png", "slots.png"]), (False, ["loss.png"])])
 def test_a_run_gets_a_plot_of_its_losses_and_of_its_slots(tmp_path, memory, names):
-    written = plot_run(list(rows(memory)), tmp_path / "plots")
+    written = plot_run(Metrics(rows(memory)), tmp_path / "plots")
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == names
     for path in written:
@@ -31,14 +32,14 @@ def test_a_run_gets_a_plot_of_its_losses_and_of_its_slots(tmp_path, memory, name
 
 
 def test_losses_that_are_zero_or_null_do_not_stop_the_plots(tmp_path):
-    written = plot_run([{"step": 1, "train/loss": 0.0}, {"step": 2, "train/loss": None}], tmp_path)
+    written = plot_run(Metrics([{"step": 1, "train/loss": 0.0}, {"step": 2, "train/loss": None}]), tmp_path)
     assert [path.name for path in written] == ["loss.png"]
 
 
 def test_the_backend_of_the_caller_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.use", lambda *_, **__: pytest.fail("a notebook would show no figures any more"))
-    assert len(plot_run(list(rows(True)), tmp_path)) == 2
-    draw([Run("a", list(rows(True)))], tmp_path / "a.svg")
+    assert len(plot_run(Metrics(rows(True)), tmp_path)) == 2
+    draw([Run("a", Metrics(rows(True)))], tmp_path / "a.svg")
 
 
 def test_a_curve_is_named_at_the_height_of_its_end_and_close_ones_apart():

@@ -19,6 +19,7 @@ from memjax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from memjax.errors import ConfigError
 from memjax.io.files import write_atomic
 from memjax.models.parts import DecoderParts
+from memjax.monitoring.metrics import Metrics
 from memjax.monitoring.plots import plot_run
 from memjax.runs import folder as folder_module
 from memjax.runs.environment import command_line
@@ -224,7 +225,7 @@ def test_links_in_the_folder_lead_no_write_outside(started, tmp_path):
         (folder.path / name).symlink_to(outside / pathlib.Path(name).name)
     started(RATES[0])
     started(RATES[1], allow_changed=True)
-    plot_run([ROW], folder.plots)
+    plot_run(Metrics([ROW]), folder.plots)
     assert set(contents(outside).values()) == {b"theirs"}
     assert b"theirs" not in folder.config_history.read_bytes()
     (folder.path / "evals").symlink_to(outside)
