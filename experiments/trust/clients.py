@@ -29,6 +29,7 @@ MEMORY_BYTES = 64 << 20
 SOUND = {
     "/v1/completions": {
         **{"prompt": ["a b", "c"], "max_tokens": 2, "temperature": 0.0, "top_p": 0.9, "top_k": 4, "n": 1, "seed": 1},
+        **{"min_p": 0.1, "logit_bias": {"5": -1.5, "7": 2}, "stop_token_ids": [9]},
         **{"stop": ["x", "yz"], "logprobs": 2, "echo": True, "stream": False, "model": None, "user": "u"},
     },
     "/tokenize": {"prompt": "a b", "add_special_tokens": True},

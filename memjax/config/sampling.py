@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from memjax.config.section import NotNegative, Positive, Section
+from memjax.config.section import NotNegative, Positive, Section, Share
 
 
 # Without slots, so that a command's settings can inherit from this and another class.
@@ -17,6 +17,9 @@ class SamplingConfig(Section):
     """Sample from this many most likely tokens; null: all."""
     top_p: float = 1.0
     """Sample from the smallest set of most likely tokens with this total probability, after top_k."""
+    min_p: Share[float] = 0.0
+    """Sample only from tokens with at least this share of the likeliest token's probability, before top_k and top_p; 0:
+    all."""
     repetition_penalty: float = 1.0
     """Divisor of the positive logits of tokens already in the text, and factor on negative ones (arXiv:1909.05858);
     0.01 to 100."""

@@ -44,7 +44,7 @@ def make_choices(
         RefusedError: a prompt leaves no room for max_tokens.
     """
     stop_names = [name for name in request.stop if name in tokenizer.special_tokens]
-    stop_ids = {tokenizer.special_tokens[name] for name in stop_names}
+    stop_ids = {*request.stop_token_ids, *(tokenizer.special_tokens[name] for name in stop_names)}
     stop_ids |= set() if request.ignore_eos else set(tokenizer.end_ids)
     choices = []
     for number, (ids, num_added) in enumerate(prompts):
@@ -65,6 +65,7 @@ def make_choices(
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
+            min_p=request.min_p,
             repetition_penalty=request.repetition_penalty,
             frequency_penalty=request.frequency_penalty,
             presence_penalty=request.presence_penalty,
@@ -76,6 +77,7 @@ def make_choices(
                 max_tokens=wanted,
                 sampling=sampling,
                 stop_ids=frozenset(stop_ids),
+                logit_bias=request.logit_bias,
                 number=copy,
                 logprobs=request.logprobs,
             )

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from memjax.inference.bodies import Fields, shown
+from memjax.inference.requests import MOST_BIAS
+from memjax.inference.sampling import MOST_BIASES
 
 _MOST_LOGPROBS = 20
-_MOST_STOPS, _LONGEST_STOP = 16, 256
+_MOST_STOPS, _LONGEST_STOP, _MOST_STOP_IDS = 16, 256, 512
 
 _FIELDS = {
     "add_special_tokens": True,
@@ -15,9 +17,10 @@ _FIELDS = {
     "echo": False,
     "frequency_penalty": 0,
     "ignore_eos": False,
-    "logit_bias": None,
+    "logit_bias": {},
     "logprobs": None,
     "max_tokens": None,
+    "min_p": 0.0,
     "model": None,
     "n": 1,
     "presence_penalty": 0,
@@ -25,6 +28,7 @@ _FIELDS = {
     "repetition_penalty": 1.0,
     "seed": None,
     "stop": None,
+    "stop_token_ids": [],
     "stream": False,
     "stream_options": None,
     "suffix": None,
@@ -49,12 +53,15 @@ class CompletionRequest:
     temperature: float
     top_p: float
     top_k: int | None
+    min_p: float
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int | None
     n: int
     stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
     logprobs: int | None
     echo: bool
     stream: bool
@@ -88,12 +95,15 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
         temperature=value if (value := fields.number("temperature", 0.0, 2.0, "a number in 0..2")) >= 1e-4 else 0.0,
         top_p=max(1e-6, fields.number("top_p", 0.0, 1.0, "a number above 0 and at most 1", above=True)),
         top_k=min(top_k, 1 << 31) if top_k and top_k > 0 else None,
+        min_p=fields.number("min_p", 0.0, 1.0, "a number in 0..1; 0 keeps all tokens"),
         repetition_penalty=fields.number("repetition_penalty", 0.01, 100.0, "a number in 0.01..100; 1 changes nothing"),
         frequency_penalty=fields.number("frequency_penalty", -2.0, 2.0, "a number in -2..2; 0 changes nothing"),
         presence_penalty=fields.number("presence_penalty", -2.0, 2.0, "a number in -2..2; 0 changes nothing"),
+        logit_bias=_logit_bias(fields, vocab_size),
         seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1, "a whole number of 64 bits"),
         n=n,
         stop=_stops(fields),
+        stop_token_ids=_stop_token_ids(fields, vocab_size),
         logprobs=fields.integer("logprobs", 0, most_logprobs, f"a whole number in 0..{most_logprobs}"),
         echo=fields.flag("echo"),
         stream=stream,
@@ -197,8 +207,6 @@ def _outside(ids: list[int], vocab_size: int) -> list[int]:
 def _refuse_what_is_not_served(fields: Fields, n: int) -> None:
     if fields.value("best_of") not in (None, n) or isinstance(fields.value("best_of"), bool):
         fields.wrong("best_of", f"left out or n={n}: the server ranks no texts; ask for n of them with logprobs")
-    if fields.value("logit_bias") not in (None, {}):
-        fields.wrong("logit_bias", "left out or empty: it is not served")
     if fields.value("suffix") not in (None, ""):
         fields.wrong("suffix", "left out or empty: the model only continues prompts")
 
@@ -214,6 +222,34 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if not all(map(_is_unicode, stops)):
         fields.refuse("stop", f"stop {_HALF}")
     return tuple(stops)
+
+
+def _stop_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    ids = fields.value("stop_token_ids")
+    if isinstance(ids, list) and len(ids) <= _MOST_STOP_IDS and _are_ids(ids) and not _outside(ids, vocab_size):
+        return tuple(ids)
+    fields.wrong("stop_token_ids", f"a list of at most {_MOST_STOP_IDS} whole numbers in 0..{vocab_size - 1}")
+    return ()
+
+
+def _logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
+    """The biases by token; JSON has the ids as strings."""
+    value, found = fields.value("logit_bias"), {}
+    if not isinstance(value, dict) or len(value) > MOST_BIASES:
+        fields.wrong("logit_bias", f'an object such as {{"5": -100}}, with at most {MOST_BIASES} token ids')
+        return {}
+    for name, bias in value.items():
+        is_id = name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab_size
+        if not is_id or int(name) in found:
+            rule = f"whole numbers in 0..{vocab_size - 1}, each once"
+            fields.refuse("logit_bias", f"logit_bias holds the token id {shown(name)}; they must be {rule}")
+            return {}
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not abs(bias) <= MOST_BIAS:
+            rule = f"a number in -{MOST_BIAS}..{MOST_BIAS}"
+            fields.refuse("logit_bias", f"logit_bias holds {shown(bias)} for token {name}; it must be {rule}")
+            return {}
+        found[int(name)] = float(bias)
+    return found
 
 
 def _is_unicode(text: str) -> bool:

@@ -16,7 +16,6 @@ from memjax.inference.programs import (
     LONGEST_CHUNK,
     NOTHING,
     STOPPED,
-    Room,
     Rows,
     State,
     padded_length,
@@ -150,11 +149,9 @@ class Engine:
         if len(requests) > len(free):
             raise ValueError(f"{len(requests)} requests do not fit into {len(free)} free slots of {self.num_slots}")
         if not self.is_busy:
-            # The previous texts may have been longer than the next ones, or have had more stop tokens.
-            if self._state is not None and self._state.room.tokens > self._min_capacity:
+            # The previous texts may have been longer than the next ones.
+            if self._state is not None and self._state.capacity > self._min_capacity:
                 self._forget()
-            elif self._state is not None:
-                self._state = self._state.with_fewest_stops()
             self._unmerged = []
         slots = self.prompts.by_age(free)[: len(requests)]
         joining = [self.prompts.joining(*pair) for pair in zip(requests, slots, strict=True)]
@@ -270,26 +267,25 @@ class Engine:
         if not states:
             return
         soon = [slot.capacity(count) for slot in self._slots if slot is not None]
-        room = Room(*map(max, zip(*(state.room for state in states), strict=True)))
-        room = room._replace(tokens=max(room.tokens, self._min_capacity, *soon))
-        if self._state is not None and self._state.room != room:
-            self._state = programs.grow(self._state, room=room)
+        capacity = max([self._min_capacity, *soon, *(state.capacity for state in states)])
+        if self._state is not None and self._state.capacity != capacity:
+            self._state = programs.grow(self._state, capacity=capacity)
         for fresh in unmerged:
             for number, slot in fresh.slots.items():
                 self.prompts.put(number, slot.request.prompt_ids)
             if self._state is None and self._devices == 1 and list(fresh.slots) == list(range(self._num_rows)):
                 # They fill all slots in order: their state becomes the engine's, without copying the cache.
-                has_room = fresh.state.room == room
-                self._state = fresh.state if has_room else programs.grow(fresh.state, room=room)
+                is_large = fresh.state.capacity == capacity
+                self._state = fresh.state if is_large else programs.grow(fresh.state, capacity=capacity)
                 continue
             # Padding rows get distinct out-of-range indices, so they are dropped.
             places = self._num_rows + np.arange(len(fresh.tokens), dtype=np.int32)
             places[: len(fresh.slots)] = list(fresh.slots)
-            self._state = programs.insert(self._state, fresh.state, places, num_rows=self._num_rows, room=room)
+            self._state = programs.insert(self._state, fresh.state, places, num_rows=self._num_rows, capacity=capacity)
 
     def _needs(self, requests: Sequence[Request]) -> tuple[Mode, int | None]:
         """The sampling mode, and how many of the likeliest tokens to report."""
-        mode = Mode.of([request.sampling for request in requests])
+        mode = Mode.of([request.sampling for request in requests], [request.logit_bias for request in requests])
         most = max((request.logprobs for request in requests if request.logprobs is not None), default=None)
         known = next((known for known in self._modes if known.covers(mode)), mode)
         return known, None if most is None else top_count(most, self.vocab_size)

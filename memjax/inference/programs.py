@@ -20,7 +20,7 @@ from flax import nnx
 from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.inference.requests import Request
+from memjax.inference.requests import MOST_STOPS, Request
 from memjax.inference.sampling import GREEDY, Likelihoods, Mode, Rules, likelihoods, pick
 from memjax.models.decoder import Cache, Decoder
 from memjax.ops.tiles import next_power_of_two
@@ -33,7 +33,6 @@ STOPPED, NOTHING = -2, -1
 _SMALLEST, _SMALLEST_ON_CPUS = 128, 16
 """Smallest power of two to which prompts and caches are padded. A GPU prefills 128 tokens as fast as one, and compiling
 for another length takes many seconds."""
-_FEWEST_STOPS = 4
 _TOP_COUNTS = (5, 20)
 """Requested numbers of likeliest tokens are rounded up to these, so that few programs are compiled."""
 
@@ -45,32 +44,21 @@ class Rows(NamedTuple):
     limit: Int[Array, " b"]
     """Maximum number of tokens to generate; 0 in rows without a text."""
     stop_ids: Int[Array, "b stops"]
-    """Padded with `NOTHING`, which is no token id."""
-
-    @property
-    def num_stops(self) -> int:
-        """Capacity for stop tokens per row."""
-        return self.stop_ids.shape[1]
+    """Padded with `NOTHING`, which is no token id, to the maximum, so that their number needs no other program."""
 
     @classmethod
     def of(cls, requests: Sequence[Request | None]) -> "Rows":
         """The requests as NumPy arrays; None is a row without a text."""
-        width = next_power_of_two(max([_FEWEST_STOPS, *(len(request.stop_ids) for request in requests if request)]))
-        stops = np.full((len(requests), width), NOTHING, np.int32)
+        stops = np.full((len(requests), MOST_STOPS), NOTHING, np.int32)
         for row, request in enumerate(requests):
             if request:
                 stops[row, : len(request.stop_ids)] = list(request.stop_ids)
-        rules = Rules.of([(request.sampling, request.number) if request else (GREEDY, 0) for request in requests])
+        rules = Rules.of(
+            [(request.sampling, request.number) if request else (GREEDY, 0) for request in requests],
+            [request.logit_bias if request else {} for request in requests],
+        )
         limit = np.array([min(request.max_tokens, 2**31 - 1) if request else 0 for request in requests], np.int32)
         return cls._make((rules, limit, stops))
-
-
-class Room(NamedTuple):
-    """Capacity of a state's rows."""
-
-    tokens: int
-    """Number of cache positions."""
-    stop_ids: int
 
 
 class State(NamedTuple):
@@ -91,15 +79,9 @@ class State(NamedTuple):
         return self.num_made < self.rows.limit
 
     @property
-    def room(self) -> Room:
-        """Capacity of the rows."""
-        return Room(self.cache.blocks[0].keys.shape[2], self.rows.num_stops)
-
-    def with_fewest_stops(self) -> "State":
-        """This state with the minimum capacity for stop tokens; valid only if it holds no texts."""
-        if self.rows.num_stops == _FEWEST_STOPS:
-            return self
-        return self._replace(rows=self.rows._replace(stop_ids=self.rows.stop_ids[:, :_FEWEST_STOPS]))
+    def capacity(self) -> int:
+        """Number of cache positions per row."""
+        return self.cache.blocks[0].keys.shape[2]
 
 
 Weights = tuple[Array, ...]
@@ -195,11 +177,11 @@ def start(
     return state, replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
 
 
-@functools.partial(jax.jit, static_argnames=("num_rows", "room"), donate_argnames="state")
-def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, room: Room) -> State:
-    """The state with the rows of `fresh`, enlarged to `room`, at the given slots, which must be distinct."""
+@functools.partial(jax.jit, static_argnames=("num_rows", "capacity"), donate_argnames="state")
+def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_rows: int, capacity: int) -> State:
+    """The state with the rows of `fresh`, enlarged to `capacity`, at the given slots, which must be distinct."""
     # Whole rows are overwritten, so that remains of another text cannot cause NaN as 0 * inf.
-    fresh = _with_room(fresh, room)
+    fresh = _enlarged(fresh, capacity)
     if state is None:
         empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
         state = jax.tree.map(empty, fresh)
@@ -207,10 +189,10 @@ def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_ro
     return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop", unique_indices=True), state, fresh)
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def grow(state: State, *, room: Room) -> State:
-    """The state enlarged to `room`."""
-    return _with_room(state, room)
+@functools.partial(jax.jit, static_argnames="capacity")
+def grow(state: State, *, capacity: int) -> State:
+    """The state enlarged to `capacity`."""
+    return _enlarged(state, capacity)
 
 
 def decode(
@@ -264,13 +246,9 @@ def _add_token(
     return state, made, None if num_top is None else likelihoods(logits, picked, num_top)
 
 
-def _with_room(state: State, room: Room) -> State:
-    """The state padded to `room`."""
-    tokens, stop_ids = (wanted - has for wanted, has in zip(room, state.room, strict=True))
-    more = lambda array: jnp.pad(array, [(0, 0), (0, 0), (0, tokens), (0, 0)])
-    cache = state.cache._replace(blocks=jax.tree.map(more, state.cache.blocks))
-    stops = jnp.pad(state.rows.stop_ids, [(0, 0), (0, stop_ids)], constant_values=NOTHING)
-    return state._replace(cache=cache, rows=state.rows._replace(stop_ids=stops))
+def _enlarged(state: State, capacity: int) -> State:
+    more = lambda array: jnp.pad(array, [(0, 0), (0, 0), (0, capacity - array.shape[2]), (0, 0)])
+    return state._replace(cache=state.cache._replace(blocks=jax.tree.map(more, state.cache.blocks)))
 
 
 def padded_length(length: int) -> int:

@@ -1,13 +1,17 @@
 """Requests to an engine and the tokens it returns."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from memjax.config import checks
 from memjax.config.sampling import SamplingConfig
-from memjax.inference.sampling import GREEDY
+from memjax.inference.sampling import GREEDY, MOST_BIASES
 from memjax.models.token_ids import check_ids
+
+MOST_STOPS = 1024
+"""Maximum number of stop tokens per text."""
+MOST_BIAS = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +24,9 @@ class Request:
     """Maximum number of tokens to generate."""
     sampling: SamplingConfig = GREEDY
     stop_ids: Collection[int] = ()
-    """Tokens that end the text; they are not part of it."""
+    """Tokens that end the text, at most 1,024; they are not part of it."""
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Added to the logits of these tokens, at most 300; -100 bans a token, 100 forces it."""
     number: int = 0
     """Index of the prompt; together with the seed it determines the random draws."""
     logprobs: int | None = None
@@ -28,7 +34,7 @@ class Request:
 
 
 class TokenLogprobs(NamedTuple):
-    """The model's log-probabilities (natural) at one position, before temperature, penalties and truncation."""
+    """The model's log-probabilities (natural) at one position, before biases, penalties, temperature and truncation."""
 
     chosen: float
     """Log-probability of the generated token."""
@@ -59,5 +65,11 @@ def check(request: Request, vocab_size: int) -> None:
     checks.refuse(checks.counts(max_tokens=request.max_tokens))
     if not isinstance(request.sampling, SamplingConfig):
         raise TypeError(f"sampling must be a memjax.SamplingConfig, found {type(request.sampling).__name__}")
+    for name, most in (("stop_ids", MOST_STOPS), ("logit_bias", MOST_BIASES)):
+        if (count := len(getattr(request, name))) > most:
+            raise ValueError(f"{name} holds {count:,} tokens; it may hold at most {most:,}")
+    check_ids(list(request.logit_bias), vocab_size, "the ids of logit_bias")
+    if wrong := [bias for bias in request.logit_bias.values() if not abs(bias) <= MOST_BIAS]:
+        raise ValueError(f"logit_bias holds {wrong[0]}; a bias must be in -{MOST_BIAS}..{MOST_BIAS}")
     if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:
         raise ValueError(f"logprobs={request.logprobs} must be in 0..{vocab_size}, the tokens of the vocabulary")

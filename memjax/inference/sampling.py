@@ -1,7 +1,7 @@
 """Sample the next token of each row with the row's own settings, inside a compiled program and without sorting."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ GREEDY = SamplingConfig()
 
 _ALL = 2**31 - 1
 """A top_k that keeps all tokens."""
+MOST_BIASES = 300
+"""Maximum number of tokens with a bias per text, as in OpenAI's interface."""
 
 
 class Rules(NamedTuple):
@@ -25,16 +27,20 @@ class Rules(NamedTuple):
     """0 selects the likeliest token."""
     top_k: Int[Array, " b"]
     top_p: Float[Array, " b"]
+    min_p: Float[Array, " b"]
     repetition_penalty: Float[Array, " b"]
     frequency_penalty: Float[Array, " b"]
     presence_penalty: Float[Array, " b"]
     seed: UInt[Array, " b"]
     number: UInt[Array, " b"]
     """Index of the prompt; together with the seed and the step it determines a draw."""
+    bias_tokens: Int[Array, "b biases"]
+    """Padded with biases of 0."""
+    biases: Float[Array, "b biases"]
 
     @classmethod
-    def of(cls, settings: Sequence[tuple[SamplingConfig, int]]) -> "Rules":
-        """The rules of rows with these sampling settings and prompt indices, as NumPy arrays."""
+    def of(cls, settings: Sequence[tuple[SamplingConfig, int]], biases: Sequence[Mapping[int, float]] = ()) -> "Rules":
+        """The rules of rows with these sampling settings, prompt indices and biases by token, as NumPy arrays."""
         rows = [
             (
                 # Logits divided by less would overflow; the likeliest token is certain long before that.
@@ -42,6 +48,7 @@ class Rules(NamedTuple):
                 _ALL if sampling.top_k is None else min(sampling.top_k, _ALL),
                 # Rounding may bring the sum of probabilities to 1 early, which must not cut off the last tokens.
                 sampling.top_p if sampling.top_p < 1 else math.inf,
+                sampling.min_p,
                 sampling.repetition_penalty,
                 sampling.frequency_penalty,
                 sampling.presence_penalty,
@@ -50,9 +57,14 @@ class Rules(NamedTuple):
             )
             for sampling, number in settings
         ]
-        types = (np.float32, np.int32, *[np.float32] * 4, np.uint32, np.uint32)
-        columns = zip(*rows, strict=True)
-        return cls._make(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True))
+        types = (np.float32, np.int32, *[np.float32] * 5, np.uint32, np.uint32)
+        columns = [np.array(column, dtype) for column, dtype in zip(zip(*rows, strict=True), types, strict=True)]
+        # All rows have room for the most biases, so that their number needs no other program.
+        shape = len(rows), MOST_BIASES
+        tokens, values = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for row, bias in enumerate(biases):
+            tokens[row, : len(bias)], values[row, : len(bias)] = list(bias), list(bias.values())
+        return cls._make([*columns, tokens, values])
 
 
 class Mode(NamedTuple):
@@ -62,25 +74,30 @@ class Mode(NamedTuple):
     """Some row has a temperature."""
     top_k: bool = False
     top_p: bool = False
+    min_p: bool = False
     penalty: bool = False
     """Some row has a penalty of any kind."""
+    bias: bool = False
+    """Some row has a `logit_bias`."""
 
     def covers(self, needs: "Mode") -> bool:
         """Whether rows with these needs can run in this mode, with the same tokens."""
         return all(has or not needed for has, needed in zip(self, needs, strict=True))
 
     @classmethod
-    def of(cls, samplings: Sequence[SamplingConfig]) -> "Mode":
+    def of(cls, samplings: Sequence[SamplingConfig], biases: Iterable[Mapping[int, float]] = ()) -> "Mode":
         """The narrowest mode for rows with these settings."""
         drawn = [sampling for sampling in samplings if sampling.temperature > 0]
         return cls(
             draws=bool(drawn),
             top_k=any(sampling.top_k is not None for sampling in drawn),
             top_p=any(sampling.top_p < 1 for sampling in drawn),
+            min_p=any(sampling.min_p > 0 for sampling in drawn),
             penalty=any(
                 sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
                 for sampling in samplings
             ),
+            bias=any(biases),
         )
 
 
@@ -101,6 +118,9 @@ def pick(
         step: how many tokens each row has generated so far.
         mode: features that `rules` need; features outside the mode are ignored.
     """
+    if mode.bias:
+        rows = jnp.arange(len(logits))[:, None]
+        logits = logits.at[rows, rules.bias_tokens].add(rules.biases.astype(logits.dtype))
     if mode.penalty:
         repetition, frequency, presence = (
             penalty[:, None].astype(logits.dtype)
@@ -113,6 +133,9 @@ def pick(
         return best
     is_drawn = rules.temperature > 0
     logits = logits / jnp.where(is_drawn, rules.temperature, 1)[:, None].astype(logits.dtype)
+    if mode.min_p:
+        least = jnp.max(logits, axis=-1) + jnp.log(rules.min_p).astype(logits.dtype)
+        logits = jnp.where(logits >= least[:, None], logits, -jnp.inf)
     logits = jnp.where(allowed(logits, rules.top_k, rules.top_p, mode=mode), logits, -jnp.inf)
 
     def draw(row: Float[Array, " vocab"], seed: Array, number: Array, step: Array) -> Int[Array, ""]:
@@ -193,7 +216,7 @@ def _codes(logits: Float[Array, "b v"]) -> UInt[Array, "b v"]:
 
 
 class Likelihoods(NamedTuple):
-    """The model's log-probabilities (natural), before temperature, penalties and truncation."""
+    """The model's log-probabilities (natural), before biases, penalties, temperature and truncation."""
 
     chosen: Float[Array, "*b"]
     """Log-probability of the sampled token."""

@@ -12,7 +12,7 @@ from jax.stages import Lowered
 from memjax.config.sampling import SamplingConfig
 from memjax.inference import programs
 from memjax.inference.engine import Engine
-from memjax.inference.programs import Room, Rows, padded_length, top_counts
+from memjax.inference.programs import Rows, padded_length, top_counts
 from memjax.inference.requests import Request
 from memjax.inference.sampling import Mode
 from memjax.inference.scheduler import prefill_rows
@@ -20,8 +20,8 @@ from memjax.inference.scoring import PromptScorer
 from memjax.models.decoder import Decoder
 from memjax.sharding.axes import has_memory_axis
 
-_USUAL = Mode(), Mode(draws=True, top_k=True, top_p=True)
-_MODES = *_USUAL, Mode(True, True, True, True)
+_USUAL = Mode(), Mode(draws=True, top_k=True, top_p=True, min_p=True)
+_MODES = *_USUAL, Mode(*[True] * len(Mode._fields))
 """A server's sampling modes: few, so that all their programs are compiled early."""
 
 
@@ -82,7 +82,7 @@ class ServingEngine(Engine):
                 yield (started := programs.start.lower(logits, lengths, uses, rows, mode=mode, num_top=num_top))
                 fresh[group] = shapes(started)[0]
             arguments = fresh[group]._replace(cache=cache), lengths
-            room = {"num_rows": self._num_rows, "room": Room(capacity, rows.num_stops)}
+            room = {"num_rows": self._num_rows, "capacity": capacity}
             if state is None:
                 yield (inserted := programs.insert.lower(None, *arguments, **room))
                 state = shapes(inserted)

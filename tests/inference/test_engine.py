@@ -239,18 +239,57 @@ def test_a_released_slot_accepts_another_text():
     assert writer.free_slots == [second]
 
 
-def test_texts_with_many_and_with_few_stop_tokens_are_written_side_by_side():
+def biased_by_hand(model: Decoder, tokens: list[int], count: int, bias: dict[int, float]) -> list[tuple[int, float]]:
+    """Greedy decoding without a cache, with a bias; each token with the model's own log-probability."""
+    text, made = list(tokens), []
+    for _ in range(count):
+        padded = np.zeros((1, LONGEST), np.int32)
+        padded[0, : len(text)] = text
+        logits = np.array(forward(model, jnp.asarray(padded))[0, len(text) - 1], np.float64)
+        log_p = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+        logits[list(bias)] += list(bias.values())
+        text.append(int(np.argmax(logits)))
+        made.append((text[-1], log_p[text[-1]]))
+    return made
+
+
+def test_biases_change_what_is_written_and_not_the_log_probabilities():
     model = tiny(True, 2)
-    few, many = request(5), request(9, stop_ids=[alone(model, request(9))[6], *range(3, 9)])
-    for first, second in ((few, many), (many, few)):
-        writer = Engine(model, num_slots=2)
-        writer.insert([first])
-        texts = {0: writer.step(2)[0].tokens, 1: []}
-        writer.insert([second])
-        while writer.is_busy:
-            for slot, made in writer.step(5).items():
-                texts[slot] += made.tokens
-        assert texts == {0: alone(model, first), 1: alone(model, second)}
+    first = alone(model, request(5))
+    several: list[dict[int, float]] = [
+        {},
+        dict.fromkeys(first[:3], -100.0),
+        {7: 100.0, first[0]: -100.0},
+        {token: float(value) for token, value in enumerate(2 * np.random.default_rng(0).normal(size=259))},
+    ]
+    requests = [request(5, logit_bias=bias, logprobs=0) for bias in several]
+    expected = [biased_by_hand(model, prompt(5), 12, bias) for bias in several]
+    assert not {token for token, _ in expected[1]} & set(first[:3])
+    assert {token for token, _ in expected[2]} == {7}
+    assert len({tuple(token for token, _ in made) for made in expected}) == 4
+    writer = Engine(model, num_slots=4)
+    found: dict[int, list[tuple[int, float]]] = {slot: [] for slot in writer.insert(requests)}
+    while writer.is_busy:
+        for slot, made in writer.step(5).items():
+            found[slot] += zip(made.tokens, [one.chosen for one in made.logprobs], strict=True)
+    for text, by_hand_ in zip(found.values(), expected, strict=True):
+        assert [token for token, _ in text] == [token for token, _ in by_hand_]
+        np.testing.assert_allclose([value for _, value in text], [value for _, value in by_hand_], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop_ids": range(1025)}, "stop_ids holds 1,025 tokens; it may hold at most 1,024"),
+        ({"logit_bias": {259: 1.0}}, r"logit_bias hold 259; the model knows 0\.\.258"),
+        ({"logit_bias": {3: 100.5}}, r"logit_bias holds 100\.5; a bias must be in -100\.\.100"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias holds nan; a bias must be"),
+        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "logit_bias holds 301 tokens; it may hold at most 300"),
+    ],
+)
+def test_stop_tokens_and_biases_that_cannot_be_used_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(tiny(True, 2), num_slots=1).insert([request(5, **settings)])
 
 
 def test_a_cache_grows_under_a_text(monkeypatch):
@@ -502,6 +541,7 @@ def test_what_cannot_be_done_is_refused_at_the_call():
         ({"top_k": 0}, "top_k=0 must be positive"),
         ({"top_p": 0.0}, r"top_p=0\.0 must be above 0"),
         ({"top_p": 1.5}, r"top_p=1\.5 must be above 0 and at most 1"),
+        ({"min_p": 1.5}, r"min_p=1\.5 must be in 0\.\.1"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty=0\.0 must be in 0\.01\.\.100"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -97,9 +97,11 @@ def test_penalties_outside_the_range_of_the_interface_are_refused(name, penalty)
         SamplingConfig(**{name: penalty})
 
 
-def penalised(logits, uses, sampling):
-    """Penalises each logit in vLLM's order: repetition first, then frequency and presence."""
+def penalised(logits, uses, sampling, bias):
+    """Changes each logit in vLLM's order: bias, repetition, then frequency and presence."""
     found = np.array(logits, np.float64)
+    for token, value in bias.items():
+        found[token] += value
     for token, times in enumerate(uses):
         if times >= 0:
             penalty = sampling.repetition_penalty
@@ -111,8 +113,8 @@ def penalised(logits, uses, sampling):
 
 def test_every_row_is_picked_by_its_own_settings():
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(8, 50)), jnp.float32)
-    uses = jnp.asarray(rng.choice([-1, 0, 1, 2, 7], size=(8, 50), p=[0.4, 0.2, 0.2, 0.1, 0.1]), jnp.int32)
+    logits = jnp.asarray(rng.normal(size=(11, 50)), jnp.float32)
+    uses = jnp.asarray(rng.choice([-1, 0, 1, 2, 7], size=(11, 50), p=[0.4, 0.2, 0.2, 0.1, 0.1]), jnp.int32)
     samplings = [
         SamplingConfig(),
         SamplingConfig(temperature=1.0, seed=3),
@@ -122,20 +124,55 @@ def test_every_row_is_picked_by_its_own_settings():
         SamplingConfig(frequency_penalty=1.3),
         SamplingConfig(presence_penalty=-1.7, temperature=1.0, seed=6),
         SamplingConfig(repetition_penalty=0.5, frequency_penalty=-0.4, presence_penalty=2.0),
+        SamplingConfig(temperature=1.5, min_p=0.3, seed=7),
+        SamplingConfig(),
+        SamplingConfig(repetition_penalty=2.0, presence_penalty=0.5),
     ]
-    step = jnp.arange(8, dtype=jnp.int32)
+    best = np.argsort(-np.asarray(logits), axis=1)
+    biases = [{} for _ in samplings]
+    biases[9] = {int(best[9, 0]): -100.0, int(best[9, 2]): 1.5}
+    biases[10] = {token: float(value) for token, value in enumerate(rng.normal(size=50))}
+    step = jnp.arange(11, dtype=jnp.int32)
 
     def picked(rows):
-        chosen = [(samplings[row], row) for row in rows]
-        mode = Mode.of([samplings[row] for row in rows])
+        chosen, bias = [(samplings[row], row) for row in rows], [biases[row] for row in rows]
+        mode = Mode.of([samplings[row] for row in rows], bias)
         rows = np.asarray(rows)
-        return compiled_pick(logits[rows], uses[rows], Rules.of(chosen), step[rows], mode=mode).tolist()
+        return compiled_pick(logits[rows], uses[rows], Rules.of(chosen, bias), step[rows], mode=mode).tolist()
 
-    together = picked(range(8))
-    assert together == [token for row in range(8) for token in picked([row])]
+    together = picked(range(11))
+    assert together == [token for row in range(11) for token in picked([row])]
     assert together[0] == int(np.argmax(logits[0]))
-    for row in (4, 5, 7):
-        assert together[row] == int(np.argmax(penalised(logits[row], uses[row], samplings[row])))
+    for row in (4, 5, 7, 9, 10):
+        assert together[row] == int(np.argmax(penalised(logits[row], uses[row], samplings[row], biases[row])))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "min_p", "top_k", "top_p"),
+    [(1.0, 0.2, None, 1.0), (2.0, 0.35, None, 1.0), (1.0, 0.1, 3, 1.0), (1.0, 0.1, None, 0.7), (3.0, 1.0, None, 1.0)],
+)
+def test_min_p_is_a_share_of_the_largest_probability_at_the_temperature(temperature, min_p, top_k, top_p):
+    logits = np.random.default_rng(1).normal(size=20)
+    weights = np.exp(logits / temperature)
+    weights[weights < min_p * weights.max()] = 0
+    kept = kept_by_sorting(np.log(weights, where=weights > 0, out=np.full(20, -np.inf)), top_k or 20, top_p)
+    expected = np.array([weight * (token in kept) for token, weight in enumerate(weights)])
+    expected /= expected.sum()
+    assert 0 < np.count_nonzero(expected) < 20
+    sampling, count = SamplingConfig(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p), 2000
+    rows, uses = jnp.tile(jnp.asarray(logits, jnp.float32), (count, 1)), jnp.full((count, 20), -1)
+    rules = Rules.of([(sampling, number) for number in range(count)])
+    drawn = compiled_pick(rows, uses, rules, jnp.zeros(count, jnp.int32), mode=Mode.of([sampling]))
+    counts = np.bincount(drawn, minlength=20)
+    assert not counts[expected == 0].any()
+    assert (abs(counts - count * expected) <= 4.5 * np.sqrt(count * expected * (1 - expected)) + 1).all()
+
+
+def test_modes_that_a_request_does_not_need_are_off():
+    assert Mode.of([SamplingConfig(min_p=0.5)], [{}]) == Mode()
+    assert Mode.of([SamplingConfig(temperature=1.0)]) == Mode(draws=True)
+    assert Mode.of([SamplingConfig(temperature=1.0, min_p=0.5)]) == Mode(draws=True, min_p=True)
+    assert Mode.of([SamplingConfig()] * 2, [{}, {3: 0.5}]) == Mode(bias=True)
 
 
 def test_a_vocabulary_is_never_sorted():

@@ -163,10 +163,11 @@ def alone(prompt: str, *, max_tokens: int = 16, stop: tuple[str, ...] = (), **sa
 
 
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2, "seed": 5}
+MIN_P = {"temperature": 1.3, "min_p": 0.2, "seed": 7}
 PENALISED = {"temperature": 0.0, "frequency_penalty": 1.5, "presence_penalty": -0.5}
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.3, "seed": 7}, DRAWN, PENALISED])
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.3, "seed": 7}, MIN_P, DRAWN, PENALISED])
 def test_an_answer_is_what_the_model_writes_alone(server, sampling):
     answer = server.ask(prompt="What is", max_tokens=12, **sampling)
     expected = alone("What is", max_tokens=12, **sampling)
@@ -321,6 +322,41 @@ def test_logprobs_are_those_of_the_forward_pass(server):
     for start, token in zip(offsets, likely["tokens"], strict=True):
         if not token.startswith(("bytes:", "<", "token:")):
             assert choice["text"][start : start + len(token)] == token
+
+
+def test_a_bias_changes_the_text_and_not_the_log_probabilities(server):
+    tokenizer, banned = ByteTokenizer(), {}
+    asked = {"prompt": "What is", "max_tokens": 6, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    for bias in ({}, {5: 1.5, 9: -0.25}, banned):
+        ids, values = [tokenizer.bos_id, *tokenizer.encode("What is")], []
+        for _ in range(6):
+            row = log_probabilities(ids)[len(ids) - 1]
+            biased = row.astype(np.float64)
+            biased[list(bias)] += list(bias.values())
+            ids.append(int(np.argmax(biased)))
+            values.append(row[ids[-1]])
+        choice = server.ask(**asked, logit_bias={str(token): value for token, value in bias.items()})["choices"][0]
+        assert choice["text"] == tokenizer.decode(ids[-6:])
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(values, abs=1e-4)
+        banned.update(dict.fromkeys(ids[-6:], -100))
+
+
+def test_a_stop_token_ends_the_text_and_is_not_part_of_it(server):
+    asked = {"prompt": "What is", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    tokenizer, ids = ByteTokenizer(), [1, *ByteTokenizer().encode("What is")]
+    for _ in range(12):
+        ids.append(int(np.argmax(log_probabilities(ids)[len(ids) - 1])))
+    made = ids[-12:]
+    stop = next(token for place, token in enumerate(made) if place > 2 and token not in made[:place])
+    length = made.index(stop)
+    others = [token for token in range(259) if token not in made]
+    choice = server.ask(**asked, stop_token_ids=[*others, stop], logprobs=0)["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (tokenizer.decode(made[:length]), "stop")
+    # As for the end token, the last entry is that of the token that ended the text.
+    assert len(choice["logprobs"]["tokens"]) == length + 1
+    answer = server.ask(**asked, stop_token_ids=others)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 12
 
 
 def test_a_prompt_is_scored_alone_too_and_its_first_token_follows_nothing(server):
@@ -561,7 +597,18 @@ def test_a_failing_engine_reports_to_its_clients_and_continues(capfd):
             "presence_penalty=2.5 must be a number in -2..2",
         ),
         ({"prompt": "x", "frequency_penalty": True}, "frequency_penalty", "frequency_penalty=true must be a number"),
-        ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", "not served"),
+        ({"prompt": "x", "min_p": 1.5}, "min_p", "min_p=1.5 must be a number in 0..1"),
+        ({"prompt": "x", "logit_bias": [5]}, "logit_bias", 'logit_bias=[5] must be an object such as {"5": -100}'),
+        ({"prompt": "x", "logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias", "with at most 300 token ids"),
+        ({"prompt": "x", "logit_bias": {"259": 1}}, "logit_bias", 'holds the token id "259"; they must be whole'),
+        ({"prompt": "x", "logit_bias": {"-1": 1}}, "logit_bias", 'token id "-1"'),
+        ({"prompt": "x", "logit_bias": {"\u0663": 1}}, "logit_bias", 'token id "\\u0663"'),
+        ({"prompt": "x", "logit_bias": {"5": 1, "05": 1}}, "logit_bias", 'token id "05"; they must be whole numbers'),
+        ({"prompt": "x", "logit_bias": {"5": -100.5}}, "logit_bias", "holds -100.5 for token 5; it must be a number"),
+        ({"prompt": "x", "logit_bias": {"5": True}}, "logit_bias", "holds true for token 5"),
+        ({"prompt": "x", "stop_token_ids": 5}, "stop_token_ids", "stop_token_ids=5 must be a list of at most 512"),
+        ({"prompt": "x", "stop_token_ids": [259]}, "stop_token_ids", "whole numbers in 0..258"),
+        ({"prompt": "x", "stop_token_ids": [5] * 513}, "stop_token_ids", "a list with 513 entries must be"),
         ({"prompt": "x", "user": 5}, "user", "user=5 must be a string"),
         ({"prompt": "x", "max_token": 5}, "max_token", '"max_token" is not a field of this request; known: '),
         ({"prompt": "x", "a\x1b\ud800b": 5}, "a\x1b\ud800b", '"a\\u001b\\ud800b" is not a field'),
@@ -582,7 +629,20 @@ def test_everything_that_is_wrong_is_listed_and_null_means_the_default(server):
     wrong = {f"field{number}": 1 for number in range(100)}
     _, error = server.refused({"prompt": "x", **wrong})
     assert error["message"].splitlines()[-1] == "and 92 more"
-    nulls = dict.fromkeys(("temperature", "n", "stop", "logit_bias", "suffix", "best_of", "user", "stream_options"))
+    nulls = dict.fromkeys(
+        (
+            "temperature",
+            "n",
+            "stop",
+            "stop_token_ids",
+            "min_p",
+            "logit_bias",
+            "suffix",
+            "best_of",
+            "user",
+            "stream_options",
+        )
+    )
     answer = server.ask(prompt="x", max_tokens=2, ignore_eos=True, **nulls)  # drawn without a seed: may end at once
     assert answer["usage"]["completion_tokens"] == 2
 

@@ -66,12 +66,7 @@ def test_a_warm_engine_compiles_nothing_for_prompts_of_any_length(compiled, comm
     for lengths in ([3], [17, 17], [32], [31, 30]):
         write(engine, lengths)
         write(engine, lengths, sampling=SamplingConfig(temperature=1.0, top_k=3, top_p=0.5))
-    assert compiled.count(COMPILED) == 0
-    # Many stop tokens need a larger state, with its own programs; afterwards it shrinks again.
-    write(engine, [3], stop_ids=range(5))
-    write(engine, [3])
-    compiled.clear()
-    write(engine, [32])
+        write(engine, lengths, sampling=SamplingConfig(temperature=1.0, min_p=0.5), stop_ids=range(1, 1025))
     assert compiled.count(COMPILED) == 0
     jax.jit(lambda x: x * 3 + 1)(np.ones(3))
     assert compiled.count(COMPILED) == 1
@@ -86,12 +81,18 @@ def test_the_less_usual_programs_are_compiled_while_it_serves(compiled):
     scheduler.start(lower_rest(engine, scorer, max_length=33))
     scheduler._threads[1].join(120)
     compiled.clear()
-    for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0), SamplingConfig(presence_penalty=1.0)):
+    some: list[dict[str, Any]] = [
+        {},
+        {"sampling": SamplingConfig(temperature=1.0)},
+        {"sampling": SamplingConfig(presence_penalty=1.0)},
+        {"logit_bias": {3: 1.5, 7: -100.0}},
+    ]
+    for settings in some:
         for logprobs in (None, 0, 5, 13):
-            write(engine, [3, 16], sampling=sampling, logprobs=logprobs)
+            write(engine, [3, 16], **settings, logprobs=logprobs)
             # Begins like those before; alone, and two at once.
-            assert write(engine, [20], sampling=sampling, logprobs=logprobs) == [16]
-            assert write(engine, [30, 29], sampling=sampling, logprobs=logprobs) == [20, 20]
+            assert write(engine, [20], **settings, logprobs=logprobs) == [16]
+            assert write(engine, [30, 29], **settings, logprobs=logprobs) == [20, 20]
             scorer([5] * 9, logprobs or 1)
     assert compiled.count(COMPILED) == 0
     assert scheduler.stop(10.0)
