@@ -23,7 +23,7 @@ from factlab.runs import FamilyTraining, Result, read_results
 from realtext.tables import report, summary
 
 SUMMARY = "<!-- made by experiments/004_real_text/run.py --report -->"
-STAGES = ("grid", "full", "134m", "others", "seeds", "large", "134m_others", "ablations", "long")
+STAGES = ("grid", "full", "134m", "others", "seeds", "large", "134m_others", "ablations", "long", "134m_seeds")
 TOKENS = 43e6
 """Tokens of the training text, for time estimates and the steps of large models."""
 
@@ -91,8 +91,8 @@ OF_STAGE = {
     "134m_others": ["134m_moe", "134m_dense_x2"],
     "long": ["memory_plus", "dense_x2", "dense_x1"],
 }
-HEADLINE = ("dense_x1", "memory_plus", "dense_x2")
-"""Families trained with three seeds."""
+AGAIN = {"seeds": (("dense_x1", "memory_plus", "dense_x2"), 3), "134m_seeds": (("134m_dense", "134m_memory_plus"), 2)}
+"""Stages with further seeds: families, and their number of seeds."""
 
 ABLATIONS = (
     (),
@@ -302,9 +302,11 @@ def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work:
         return runs if size.families is None else runs[2:4]
     if stage == "large":
         return [] if size.families else [large(family, data, work) for family in LARGE]
-    if stage == "seeds":
-        pairs = [(family, seed) for seed in range(1, size.seeds) for family in HEADLINE]
-        runs = [one(family, rates_of(family, results), size.epochs, seed=seed) for family, seed in pairs]
+    points = size.large_points if stage.startswith("134m") else size.points
+    if stage in AGAIN:
+        families, num_seeds = AGAIN[stage]
+        pairs = [(family, seed) for seed in range(1, min(num_seeds, size.seeds)) for family in families]
+        runs = [one(name, rates_of(name, results), size.epochs, seed=seed, points=points) for name, seed in pairs]
     elif stage == "ablations":
         rates = rates_of("memory_plus", results)
         cheap = {"points": 2, "measures": "curve"}
@@ -312,7 +314,6 @@ def runs_of(stage: str, size: Size, results: dict[str, Result], data: str, work:
         runs = runs if size.families is None else runs[:1]
     else:
         epochs = size.long_epochs if stage == "long" else size.epochs
-        points = size.large_points if stage.startswith("134m") else size.points
         runs = [one(name, rates_of(name, results), epochs, points=points) for name in OF_STAGE[stage]]
     return [run for run in runs if size.families is None or run.family in size.families]
 

@@ -11,7 +11,7 @@ from realtext.grading import IN_TEXT, NOT_IN_TEXT
 Value = Callable[[Result], float]
 Families = dict[str, list[Result]]
 
-COMPARED = ("full", "134m", "others", "134m_others", "seeds")
+COMPARED = ("full", "134m", "others", "134m_others", "seeds", "134m_seeds")
 """Stages whose runs train on the same text for the same number of epochs."""
 NAMES = {
     "dense_x1": "dense",
