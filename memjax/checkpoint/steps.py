@@ -10,6 +10,7 @@ from memjax.checkpoint.errors import Damaged, explained
 from memjax.checkpoint.index import Note, note_of
 from memjax.checkpoint.restoring import StoredStep
 from memjax.errors import CheckpointError
+from memjax.io.paths import local_path
 
 
 class Steps:
@@ -20,7 +21,7 @@ class Steps:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         # Without `..`, which TensorStore refuses, and which Orbax resolves textually, ignoring links.
-        self.folder = pathlib.Path(os.path.realpath(folder))
+        self.folder = pathlib.Path(os.path.realpath(local_path(folder, "folder", CheckpointError)))
         self._notes: dict[int, Note] = {}
 
     def steps(self) -> list[int]:

@@ -6,25 +6,29 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
-def local_path(text: str, name: str) -> pathlib.Path:
+def local_path(
+    path: str | os.PathLike[str], name: str, raises: Callable[[str], Exception] = ValueError
+) -> pathlib.Path:
     """A local path with `~` expanded; addresses of remote stores are rejected.
 
     Raises:
-        ValueError: the text is empty, holds a NUL, or is an address such as gs://bucket/run.
+        ValueError, or what `raises` names: the path is not text, is empty, holds a NUL, or is an address such as
+            gs://bucket/run.
     """
-    if not text or "\0" in text:
-        raise ValueError(f"{name}={text!r} must be the path of a file or folder")
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise raises(f"{name}={path!r} must be the path of a file or folder, as a text or a pathlib.Path")
     if _SCHEME.match(text):
-        raise ValueError(f"{name}={text} must be a path on this machine; mount the store, or copy the files here")
+        raise raises(f"{name}={text} must be a path on this machine; mount the store, or copy the files here")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError:
-        raise ValueError(f"{name}={text}: the home folder of that user is not known; write the whole path") from None
+        raise raises(f"{name}={text}: the home folder of that user is not known; write the whole path") from None
 
 
 @contextlib.contextmanager

@@ -81,8 +81,5 @@ def _remove(folder: pathlib.Path) -> None:
 
 
 def _target(folder: str | os.PathLike[str]) -> pathlib.Path:
-    try:
-        path = local_path(os.fspath(folder), "out")
-        return pathlib.Path(os.path.realpath(path)) if path.is_symlink() else path
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    path = local_path(folder, "out", ConfigError)
+    return pathlib.Path(os.path.realpath(path)) if path.is_symlink() else path

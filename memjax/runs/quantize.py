@@ -61,10 +61,8 @@ def quantize_run(
             new = config_of_copy(saved.config, out)
             document = meta_document(new, saved.tokenizer, step=0)
             document |= {"format": FORMAT_WITH_TABLE_FILES, "table_files": records}
-            source = os.fspath(source)
-            document |= {
-                "quantized_from": source if is_remote(source) else str(local_path(source, "source").absolute())
-            }
+            place = str(source) if is_remote(source) else str(local_path(source, "source").absolute())
+            document |= {"quantized_from": place}
             # The original types of the tables, not what 'auto' means on this machine.
             document |= {"table_dtypes": saved.meta["table_dtypes"]}
             with Checkpoints(path / CHECKPOINTS) as written:

@@ -216,10 +216,7 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         CheckpointError: the path is neither.
     """
-    try:
-        folder = local_path(os.fspath(path), "path")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+    folder = local_path(path, "path", CheckpointError)
     for candidate in (folder / CHECKPOINTS, folder):
         if Checkpoints(candidate).steps():
             return candidate

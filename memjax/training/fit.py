@@ -1,7 +1,6 @@
 """`fit`: trains from Python, as `python -m memjax.train` does from the shell."""
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from memjax.config.schema import show
 from memjax.errors import ConfigError
 from memjax.io import compilation_cache
 from memjax.io.command import give_threads_to_simulated_devices
+from memjax.io.paths import local_path
 from memjax.runs.load import LoadedModel, load
 from memjax.sharding.processes import find
 from memjax.training.hook import Periodic
@@ -48,7 +48,7 @@ def fit(
         if words:
             raise ValueError("settings are for a file, a preset or a run; change a RunConfig itself")
     else:
-        config = load_config(RunConfig, pathlib.Path(config) if config is not None else None, words)
+        config = load_config(RunConfig, None if config is None else local_path(config, "config", ConfigError), words)
     _check(config)
     give_threads_to_simulated_devices()
     compilation_cache.enable(config.run.compile_cache)

@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import json
 import operator
-import pathlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, SupportsIndex
 from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.errors import DataError
 from memjax.io.files import read_text, write_atomic
+from memjax.io.paths import local_path
 
 FILE_NAME = "tokenizer.json"
 SPECIAL_TOKENS = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
@@ -157,20 +158,19 @@ class Tokenizer(ABC):
         # Elements of a JAX array are arrays, which cannot be looked up in a dict.
         return "".join([decoder.push(operator.index(token)) for token in ids]) + decoder.finish()
 
-    def save(self, folder: str | pathlib.Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json into the folder, which is created if necessary."""
-        write_atomic(
-            pathlib.Path(folder) / FILE_NAME, json.dumps(self.full_state(), ensure_ascii=False, indent=1) + "\n"
-        )
+        path = local_path(folder, "folder", DataError) / FILE_NAME
+        write_atomic(path, json.dumps(self.full_state(), ensure_ascii=False, indent=1) + "\n")
 
     @staticmethod
-    def load(folder: str | pathlib.Path) -> "Tokenizer":
+    def load(folder: str | os.PathLike[str]) -> "Tokenizer":
         """Loads a tokenizer written by `save`.
 
         Raises:
             DataError: the file is missing or is not a tokenizer.
         """
-        path = pathlib.Path(folder) / FILE_NAME
+        path = local_path(folder, "folder", DataError) / FILE_NAME
         try:
             state = json.loads(read_text(path))
         except FileNotFoundError:

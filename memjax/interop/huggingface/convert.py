@@ -30,6 +30,7 @@ from memjax.interop.huggingface.written_config import write_model_config
 from memjax.interop.huggingface.written_tokenizer import write_tokenizer
 from memjax.interop.model_card import CARD, generation_config, model_card
 from memjax.interop.run import check_vocabulary, write_converted
+from memjax.io.paths import local_path
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder
 from memjax.ops.precision import resolve_dtype
@@ -73,7 +74,7 @@ def from_hf(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, toke
         CheckpointError: the model cannot be read, or out cannot be written.
     """
     check_new(out)
-    folder = pathlib.Path(folder)
+    folder = local_path(folder, "folder", CheckpointError)
     place = str(folder / CONFIG)
     with open_tensors(folder) as files:
         fields = read_json(file_in(folder, CONFIG))
@@ -117,10 +118,10 @@ def to_hf(
             be written.
     """
     check_new(out)
+    origin = None if like is None else local_path(like, "like", ConfigError)
     loaded = load_as_saved(run, step=step, ema=ema)
     model, tokenizer = _rounded(loaded.model, dtype), loaded.tokenizer
     card = model_card(loaded.config, model.config, step=loaded.step)
-    origin = None if like is None else pathlib.Path(like)
     fields = _fields(loaded, model, dtype, longest, origin)
     del loaded
     expected = _logits(model)

@@ -31,6 +31,7 @@ from memjax.interop.official.tensors import VALUES, Arrays, memory_options, refu
 from memjax.interop.official.torch_zip import read_torch_zip
 from memjax.interop.run import check_vocabulary, write_converted
 from memjax.io.documents import line_of
+from memjax.io.paths import local_path
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import TableRows, ValueTable
 from memjax.models.decoder import Decoder
@@ -116,7 +117,7 @@ def from_official(
         CheckpointError: the model cannot be read, or out cannot be written.
     """
     check_new(out)
-    folder = pathlib.Path(folder)
+    folder = local_path(folder, "folder", CheckpointError)
     settings = read_json(file_in(folder, SETTINGS))
     with open_arrays(folder) as arrays:
         chosen, found = read_tokenizer(folder, tokenizer, settings)

@@ -102,10 +102,7 @@ def patch_file(path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         CheckpointError: the path is not local.
     """
-    try:
-        found = local_path(os.fspath(path), "patch")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+    found = local_path(path, "patch", CheckpointError)
     return found if found.suffix == ".safetensors" and not found.is_dir() else found / FILE_NAME
 
 
