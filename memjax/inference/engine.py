@@ -221,7 +221,7 @@ class Engine:
         """The longest prefix of the prompts that fits into one prefill call."""
         width, count = 0, 0
         for one in joining:
-            width = max(width, self._min_capacity if one.start else one.width)
+            width = max(width, one.size or one.width)
             if count and (count + 1) * width > _PREFILL_TOKENS:
                 break
             count += 1
@@ -236,16 +236,16 @@ class Engine:
     def _prefill(self, joining: Sequence[Joining], rows_wanted: int | None) -> None:
         """Prefills prompts together, all whole or all with a reused prefix, and samples each one's first token."""
         width, is_begun = max(one.width for one in joining), joining[0].start > 0
-        # A reused prefix is copied as a whole row of the cache.
-        size = self._min_capacity if is_begun else width
+        size = max(one.size for one in joining) or width
         group = self._group(len(joining), size, rows_wanted)
         tokens = np.zeros((group, size), np.int32)
         lengths, sources, starts = np.ones(group, np.int32), np.zeros(group, np.int32), np.zeros(group, np.int32)
         taken: dict[int, _Slot] = {}
-        for row, (request, slot, source, start) in enumerate(joining):
-            tokens[row, : len(request.prompt_ids)] = request.prompt_ids
-            lengths[row], sources[row], starts[row] = len(request.prompt_ids), source, start
-            self._slots[slot] = taken[slot] = _Slot(request, start)
+        for row, one in enumerate(joining):
+            prompt = one.request.prompt_ids
+            tokens[row, : len(prompt)] = prompt
+            lengths[row], sources[row], starts[row] = len(prompt), one.source, one.start
+            self._slots[one.slot] = taken[one.slot] = _Slot(one.request, one.start)
         requests = [one.request for one in joining]
         rows = Rows.of([*requests, *[None] * (group - len(requests))])
         mode, num_top = self._needs(requests)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memjax.inference.programs import padded_length
+from memjax.inference.programs import extended_sizes, padded_length
 from memjax.inference.requests import Request
 
 
@@ -18,11 +18,10 @@ class Joining(NamedTuple):
     """The row whose prompt shares a prefix with this one."""
     start: int = 0
     """Length of the shared prefix, which is copied; 0: the whole prompt is processed."""
-
-    @property
-    def width(self) -> int:
-        """Tokens to process, padded."""
-        return padded_length(len(self.request.prompt_ids) - self.start)
+    size: int = 0
+    """Columns of the cache to copy, which hold the whole prompt; 0 without a shared prefix."""
+    width: int = 0
+    """Tokens to process, padded."""
 
 
 class Prompts:
@@ -32,6 +31,7 @@ class Prompts:
         """Makes room for `capacity` tokens per row; longer prompts are not tracked."""
         self.is_used = False
         """Whether prefixes are reused."""
+        self._sizes = extended_sizes(capacity)
         self._tokens = np.full((num_rows, capacity), -1, np.int32)
         self._order = np.zeros(num_rows, np.int64)
 
@@ -51,14 +51,17 @@ class Prompts:
 
         The last token is always processed, because its logits are needed.
         """
-        all_, count = Joining(request, slot), len(request.prompt_ids) - 1
+        length = len(request.prompt_ids)
+        all_, count = Joining(request, slot, width=padded_length(length)), length - 1
         if not self.is_used or not 0 < count < self._tokens.shape[1]:
             return all_
         is_other = self._tokens[:, :count] != np.asarray(request.prompt_ids[:count], np.int32)
         shared = np.where(is_other.any(axis=1), is_other.argmax(axis=1), count)
         source = int(shared.argmax())
-        rest = all_._replace(source=source, start=int(shared[source]))
-        return rest if rest.width < all_.width else all_
+        start = int(shared[source])
+        fitting = [pair for pair in self._sizes if pair[0] >= length and pair[1] >= length - start]
+        size, width = min(fitting, default=(0, all_.width))
+        return Joining(request, slot, source, start, size, width) if width < all_.width else all_
 
     def by_age(self, rows: Sequence[int]) -> list[int]:
         """The given rows in the order in which to overwrite them: those with the oldest prompts first."""

@@ -1,7 +1,8 @@
 """The compiled programs of an engine, and the state of texts that is passed between them.
 
 - prefill processes whole prompts: one program per padded length and number of prompts, both powers of two;
-- extend processes prompts whose prefix is cached: one program per padded length of the rest and number of prompts;
+- extend processes prompts whose prefix is cached: one program per number of prompts and padded lengths of prompt and
+  rest, which are fewer (`extended_sizes`);
 - start samples each prompt's first token: one program per number of prompts and `sampling.Mode`;
 - insert copies prefilled rows into the engine's slots: one program per prefill shape and cache capacity;
 - decode generates tokens: one program per cache capacity, a power of two, and mode.
@@ -135,10 +136,11 @@ def extend(
 
     At most `width` tokens of each row are left to process.
     """
+    size = tokens.shape[1]
     model = model_of(weights)
-    # Indices past the row repeat its last token, at positions past the cache, which are not written.
+    # Indices past the row repeat its last token, at positions past the copy, which are not written.
     rest = jnp.take_along_axis(tokens, starts[:, None] + jnp.arange(width)[None], axis=1, mode="clip")
-    copied = Cache(jax.tree.map(lambda array: array[sources], cache.blocks), starts)
+    copied = Cache(jax.tree.map(lambda array: array[sources, :, :size], cache.blocks), starts)
     hidden, copied = model.hidden_with_cache(rest, copied)
     return *_read(model, hidden, lengths - starts, tokens, lengths), copied._replace(lengths=lengths)
 
@@ -255,6 +257,17 @@ def padded_length(length: int) -> int:
     """The length to which a row of `length` tokens is padded: a power of two, so that few shapes are compiled."""
     smallest = _SMALLEST_ON_CPUS if jax.default_backend() == "cpu" else _SMALLEST
     return max(smallest, next_power_of_two(length))
+
+
+def extended_sizes(capacity: int) -> list[tuple[int, int]]:
+    """Padded lengths of prompts whose prefix is reused, each with those of the rest: powers of 4 apart, largest first.
+
+    Each pair needs a program. Copying and attending to too many columns takes little time, compared with compilation.
+    """
+    smallest = padded_length(1)
+    sizes = [capacity >> shift for shift in range(0, capacity.bit_length(), 2)]
+    widths = [smallest << shift for shift in range(0, capacity.bit_length(), 2)]
+    return [(size, width) for size in sizes for width in widths if width < size]
 
 
 def top_counts(vocab_size: int) -> list[int]:

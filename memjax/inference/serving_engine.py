@@ -12,7 +12,7 @@ from jax.stages import Lowered
 from memjax.config.sampling import SamplingConfig
 from memjax.inference import programs
 from memjax.inference.engine import Engine
-from memjax.inference.programs import Rows, padded_length, top_counts
+from memjax.inference.programs import Rows, extended_sizes, padded_length, top_counts
 from memjax.inference.requests import Request
 from memjax.inference.sampling import Mode
 from memjax.inference.scheduler import prefill_rows
@@ -61,11 +61,11 @@ class ServingEngine(Engine):
         sharding = next((array.sharding for array in self._weights if array.committed), None)
         shape = lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
         shapes = lambda lowered: jax.tree.map(shape, lowered.out_info)
-        capacity, state, fresh = self._min_capacity, None, {}
+        capacity, state, fresh, inserted = self._min_capacity, None, {}, set()
         reads = sorted({(self._group(1, width, group), width, width) for group in groups for width in widths})
         if extend:
-            begun = {(self._group(1, capacity, group), capacity, width) for group in groups for width in widths[:-1]}
-            reads += sorted(begun)
+            sizes = extended_sizes(capacity)
+            reads += sorted({(self._group(1, size, group), size, width) for group in groups for size, width in sizes})
         for group, size, width in reads:
             tokens, lengths = np.zeros((group, size), np.int32), np.ones(group, np.int32)
             if width < size and state is not None:
@@ -84,9 +84,11 @@ class ServingEngine(Engine):
             arguments = fresh[group]._replace(cache=cache), lengths
             room = {"num_rows": self._num_rows, "capacity": capacity}
             if state is None:
-                yield (inserted := programs.insert.lower(None, *arguments, **room))
-                state = shapes(inserted)
-            yield programs.insert.lower(state, *arguments, **room)
+                yield (first := programs.insert.lower(None, *arguments, **room))
+                state = shapes(first)
+            if (group, size) not in inserted:
+                yield programs.insert.lower(state, *arguments, **room)
+                inserted.add((group, size))
         for mode, num_top in needs if state is not None else ():
             arguments = self._weights, state, np.zeros(self._num_rows, bool), np.int32(1)
             yield self._programs.decode.lower(*arguments, mode=mode, num_top=num_top)

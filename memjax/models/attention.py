@@ -117,7 +117,9 @@ class Attention(nnx.Module):
         query, *fresh = self._project(x, positions)
         cache = KeyValues(*(write(old, new, positions) for old, new in zip(cache, fresh, strict=True)))
         keys, values = (jnp.swapaxes(array, 1, 2).astype(query.dtype) for array in cache)
-        out = dot_product.attention(query, keys, values, positions=positions, window=self.sliding_window)
+        out = dot_product.cached_attention(
+            query, keys, values, positions=positions, window=self.sliding_window, implementation=self.implementation
+        )
         return self._project_out(out), cache
 
     def _self_attention(self, x: Array, positions: Array, segments: Array | None) -> tuple[Array, Array, Array]:

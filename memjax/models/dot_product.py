@@ -79,6 +79,26 @@ def self_attention(
     )
 
 
+def cached_attention(
+    query: Float[Array, "b q n h"],
+    keys: Float[Array, "b k kv h"],
+    values: Float[Array, "b k kv h"],
+    *,
+    positions: Int[Array, "b q"],
+    window: int | None,
+    implementation: str | None,
+) -> Float[Array, "b q n h"]:
+    """Queries at `positions` of cached keys attend to those up to their own, within the nearest `window`.
+
+    By cuDNN if it can run and the implementation is not "chunked". Values must be finite.
+    """
+    lengths = query.shape[1], keys.shape[1]
+    if implementation == "chunked" or any(why_not("cudnn", query.dtype, query.shape[3], n) for n in lengths):
+        return attention(query, keys, values, positions=positions, window=window)
+    seen = _seen(positions, keys.shape[1], None, window)
+    return jax.nn.dot_product_attention(query, keys, values, mask=seen, implementation="cudnn")
+
+
 def attention(
     query: Float[Array, "b q n h"],
     keys: Float[Array, "b k kv h"],

@@ -16,6 +16,7 @@ from memjax.config.sampling import SamplingConfig
 from memjax.inference import engine as engine_module
 from memjax.inference.engine import Engine
 from memjax.inference.prefixes import Prompts
+from memjax.inference.programs import padded_length
 from memjax.inference.requests import Request
 from memjax.inference.serving_engine import ServingEngine
 from memjax.inference.streaming import generate
@@ -38,25 +39,31 @@ def shared(one: list[int], other: list[int]) -> int:
     return count
 
 
-prompts = st.lists(st.integers(0, 1), min_size=1, max_size=40)
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=40).map(lambda bits: np.repeat(bits, 7).tolist())
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), prompts), max_size=8), prompts)
 def test_the_longest_beginning_is_found_where_it_saves_padding(puts, prompt):
-    held, rows, order = Prompts(3, 36), {}, [0, 1, 2]
+    held, rows, order = Prompts(3, 256), {}, [0, 1, 2]
     held.is_used = True
     for row, other in puts:
         held.put(row, other)
-        rows[row] = other if len(other) <= 36 else []
+        rows[row] = other if len(other) <= 256 else []
         order.remove(row)
         order.append(row)
     assert held.by_age([0, 1, 2]) == order
     found = held.joining(Request(prompt_ids=prompt, max_tokens=1), 7)
     most = max((shared(prompt, other) for other in rows.values()), default=0)
-    # On CPUs rows are padded to 16, 32 and 64 tokens.
-    padded = lambda size: next(width for width in (16, 32, 64) if width >= size)
-    saves = len(prompt) <= 36 and padded(len(prompt) - most) < padded(len(prompt))
-    assert (found.slot, found.start) == (7, most if saves else 0)
+    # On CPUs whole prompts are padded to 16, 32, 64, ..., what is left of one to 16 or 64, and copies to 64 or 256.
+    padded = lambda count, sizes: next((size for size in sizes if size >= count), 999)
+    whole, rest = padded(len(prompt), (16, 32, 64, 128, 256)), padded(len(prompt) - most, (16, 64))
+    saves = len(prompt) <= 256 and rest < whole
+    assert (found.slot, found.start, found.width) == (
+        7,
+        most if saves else 0,
+        rest if saves else padded_length(len(prompt)),
+    )
+    assert found.size == (padded(len(prompt), (64, 256)) if saves else 0)
     assert not saves or shared(prompt, rows[found.source]) == most
     held.clear()
     assert held.joining(Request(prompt_ids=prompt, max_tokens=1), 7).start == 0

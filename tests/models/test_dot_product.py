@@ -73,22 +73,46 @@ def test_gradients_of_chunks_are_those_of_the_whole_and_hold_no_square_of_scores
     assert temporary(whole) > scores > temporary(chunked)
 
 
-def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
-    """Calls meant for cuDNN's kernel are answered by XLA's, which has the same interface."""
+def answer_by_xla(monkeypatch):
+    """Calls meant for cuDNN's kernel are answered by XLA's, which has the same interface; returns their names."""
     asked, plain = [], jax.nn.dot_product_attention
 
     def answer(*arrays, implementation, **options):
         asked.append(implementation)
         return plain(*arrays, implementation="xla", **options)
 
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    return asked
+
+
+def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
     arrays, segments = draw()
+    options = {"segments": segments, "window": 3}
     with monkeypatch.context() as patch:
-        patch.setattr(jax.nn, "dot_product_attention", answer)
-        options = {"segments": segments, "window": 3}
+        asked = answer_by_xla(patch)
         got = dot_product.self_attention(*arrays, **options, implementation="cudnn")
         assert asked == ["cudnn"]
     expected = dot_product.self_attention(*arrays, **options, implementation="chunked")
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_cached_attention_is_that_of_the_last_tokens(window, monkeypatch):
+    (query, keys, values), _ = draw()
+    positions = jnp.broadcast_to(jnp.arange(6, LENGTH), (BATCH, 4))
+    expected = by_hand(*map(np.asarray, (query, keys, values)), None, window)[:, 6:]
+    asked = answer_by_xla(monkeypatch)
+    monkeypatch.setattr(dot_product, "why_not", lambda name, dtype, head_dim, length: None)
+    for implementation, name in ((None, "cudnn"), ("cudnn", "cudnn"), ("chunked", "xla")):
+        got = dot_product.cached_attention(
+            query[:, 6:], keys, values, positions=positions, window=window, implementation=implementation
+        )
+        assert asked.pop() == name
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+    monkeypatch.setattr(dot_product, "why_not", lambda name, dtype, head_dim, length: "odd" if length % 2 else None)
+    options = {"positions": positions, "window": window, "implementation": None}
+    dot_product.cached_attention(query[:, 6:], keys[:, :9], values[:, :9], **options)
+    assert asked == ["xla"]
 
 
 class Gpu:
@@ -142,3 +166,19 @@ def test_cudnn_gives_what_chunks_give(window, documents):
     # bfloat16 has eight bits of precision, and cuDNN rounds the weights to it before it sums the values.
     for one, other in zip(jax.tree.leaves(run("cudnn")), jax.tree.leaves(run("chunked")), strict=True):
         np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 100])
+def test_cudnn_gives_what_chunks_give_over_a_cache(window):
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (3, 128, 4, 64), jnp.bfloat16)
+    cache = [jax.random.normal(key, (3, 512, 2, 64), jnp.bfloat16) for key in keys[1:]]
+    # The last row's tokens pass the end of the cache, as padding does.
+    positions = jnp.asarray([[0], [200], [450]]) + jnp.arange(128)[None]
+    run = lambda name: dot_product.cached_attention(
+        query, *cache, positions=positions, window=window, implementation=name
+    )
+    one, other = (jax.jit(run, static_argnums=0)(name).astype(jnp.float32) for name in (None, "chunked"))
+    np.testing.assert_allclose(one, other, rtol=3e-2, atol=3e-2)
