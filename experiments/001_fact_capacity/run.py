@@ -211,7 +211,7 @@ def report(rows: list[Result], folder: pathlib.Path) -> str:
         head = ("family", "FLOPs per token", "dense", "tables, experts", "lr, of tables", "recall", "tables zeroed")
         head += ("stored kbit", "bits per parameter")
         parts += ["![recall and bits per parameter against the arithmetic of the training](recall.png)"]
-        parts += [markdown(head, [headline(*key, runs) for key, runs in full.items()])]
+        parts += [markdown(head, [headline(family, runs) for (family,), runs in full.items()])]
     if again := read_results(folder / "results" / "again.json"):
         parts += ["Retrained from scratch with the same seed (`results/again.json`):", repeated(rows, again)]
     parts += why.tables(of_stage("why"))

@@ -58,7 +58,7 @@ class Variant(NamedTuple):
 def variants() -> Iterator[Variant]:
     """The eight designs, then single further changes from either end."""
     for choice in itertools.product((False, True), repeat=3):
-        yield Variant(Design(*(PLUS[i] if taken else PLAIN[i] for i, taken in enumerate(choice))))
+        yield Variant(Design._make(PLUS[i] if taken else PLAIN[i] for i, taken in enumerate(choice)))
     yield Variant(PLAIN._replace(table_lr=1.0))
     yield Variant(PLUS._replace(table_lr=0.03))
     for layer in ("1", "3"):

@@ -39,7 +39,7 @@ def run(script: str, case: Row, seconds: float, *, xla_flags: str = "") -> tuple
             note = f"ended with exit code {code}" if code else None
         except subprocess.TimeoutExpired:
             note = f"stopped after {seconds:.0f} s"
-        found = json.loads(result.read_text()) if result.exists() else {"rows": []}
+        found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {"rows": []}
         return found["rows"] + ([{"note": note}] if note else []), found.get("environment", {})
 
 

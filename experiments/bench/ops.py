@@ -138,7 +138,8 @@ def row_update(bench: Bench) -> None:
 
         @functools.partial(jax.jit, donate_argnums=0)
         def update(state, step, *gradients):
-            return memjax.row_update(*state, list(gradients), rule, row_step(1e-3, step), implementation=name)
+            table, moments = state
+            return memjax.row_update(table, moments, list(gradients), rule, row_step(1e-3, step), implementation=name)
 
         # Created anew for every case, as each table may fill the device.
         inputs = []
@@ -153,6 +154,7 @@ def row_update(bench: Bench) -> None:
             ]
             inputs.append((step, *gradients))
         compiled = update.lower(state, *inputs[0]).compile().memory_analysis()
+        assert compiled is not None
         ms, state = median_ms_in_place(update, state, inputs, **bench.rounds)
         temporary = f", {compiled.temp_size_in_bytes / 2**20:.0f} MiB temporary"
         bench.record(f"row_update {label}", f"{num_rows:,} x {bench.dim}{temporary}", indices, name, ms)
@@ -213,8 +215,9 @@ def layer_ms(bench: Bench, num_keys: int, name: str) -> float:
     def step(state, params, x, target):
         perturbations = {"memory": (jnp.zeros((bench.tokens, bench.dim), jnp.bfloat16),)}
         value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
-        _, gradient, rows = value_and_grad(params, perturbations, state[0], x, target)
-        updated = memjax.row_update(*state, rows["table"], rule, row_step(1e-3, 0), implementation=name)
+        table, moments = state
+        _, gradient, rows = value_and_grad(params, perturbations, table, x, target)
+        updated = memjax.row_update(table, moments, rows["table"], rule, row_step(1e-3, 0), implementation=name)
         # Sums make sure that the whole gradient is computed, but write little.
         return updated, jax.tree.map(jnp.sum, gradient)
 

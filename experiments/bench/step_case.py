@@ -132,7 +132,9 @@ def whole_step(config: RunConfig, devices: list[Any], case: Row) -> Row:
         say("compiled")
         row["compiled GB"] = memory_plan.compiled_bytes(compiled) / 1e9
         row["prediction"] = {name: count / 1e9 for name, count in (predicted.state | predicted.temporary).items()}
-        row["temporary GB"] = compiled.memory_analysis().temp_size_in_bytes / 1e9
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        row["temporary GB"] = analysis.temp_size_in_bytes / 1e9
         state, first = compiled(state, batch)
         jax.block_until_ready(state)
         say("first step done")
@@ -224,10 +226,11 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
             return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": (read,)}, None)
 
         def step(table_state, params, x, target):
-            perturbations = {"memory": (zero_perturbation("bag", tokens, memory.picks, table_state[0]),)}
+            table, moments = table_state
+            perturbations = {"memory": (zero_perturbation("bag", tokens, memory.picks, table),)}
             value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
-            _, gradient, rows = value_and_grad(params, perturbations, table_state[0], x, target)
-            updated = sharded.update_rows(*table_state, rows["table"], rule, row_step(1e-3, 0))
+            _, gradient, rows = value_and_grad(params, perturbations, table, x, target)
+            updated = sharded.update_rows(table, moments, rows["table"], rule, row_step(1e-3, 0))
             # Sums make sure that the whole gradient is computed, but return little.
             return updated, jax.tree.map(jnp.sum, gradient)
 

@@ -107,7 +107,9 @@ def draw_indices(distribution: str, num_rows: int, shape: tuple[int, ...], seed:
 
 def environment() -> dict[str, Any]:
     """Device, package versions, commit and date."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    versions: dict[str, str | None] = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")
+    }
     for name in ("triton", "jax-triton", "torch"):
         try:
             versions[name] = importlib.metadata.version(name)

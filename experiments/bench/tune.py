@@ -116,7 +116,7 @@ def main() -> None:
     def run_update() -> float:
         update = jax.jit(
             lambda state, gradient: memjax.row_update(
-                *state, [gradient], rule, row_step(1e-3, 0), implementation="triton"
+                state[0], state[1], [gradient], rule, row_step(1e-3, 0), implementation="triton"
             ),
             donate_argnums=0,
         )

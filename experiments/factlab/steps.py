@@ -93,7 +93,7 @@ class Trainer:
         """The config's learning rates must be constant and 1; the rates of a run multiply them."""
         require_unit_rates(config)
         self.config, self.program = config, program
-        self.options = {"compiler_options": compiler_options(jax.default_backend(), 1)}
+        self.options: dict[str, Any] = {"compiler_options": compiler_options(jax.default_backend(), 1)}
         begun = at_rates(program, Rates(1.0, 1.0))
         self._init = jax.jit(lambda key: begun.begin(*begun.parts.init(key)), **self.options)
         self._steps = jax.jit(self._run_steps, donate_argnums=0, **self.options)

@@ -17,7 +17,7 @@ from memjax.evaluation.recall import zero_tables
 from memjax.memory.keys import Lookup
 from memjax.memory.usage import statistics
 from memjax.models.decoder import Decoder
-from memjax.models.parts import DecoderParts, Tables
+from memjax.models.parts import AnyTables, DecoderParts
 from memjax.training.program import TrainProgram
 from memjax.training.state import TrainState
 from memjax.training.step import Batch
@@ -55,11 +55,12 @@ class PerfectAddress(DecoderParts):
 
     lookup: Any = None
 
-    def merge(self, params: Any, tables: Tables) -> Decoder:
+    def merge(self, params: Any, tables: AnyTables) -> Decoder:
         model = DecoderParts.merge(self, params, tables)
         assert self.config.memory is not None
+        blocks: Any = model.blocks
         for layer in self.config.memory.layers:
-            model.blocks[layer].memory.lookup = lambda _: self.lookup
+            blocks[layer].memory.lookup = lambda _: self.lookup
         return model
 
 
@@ -69,11 +70,12 @@ class Without(DecoderParts):
 
     part: Literal["gate_proj", "value_proj"] = "gate_proj"
 
-    def merge(self, params: Any, tables: Tables) -> Decoder:
+    def merge(self, params: Any, tables: AnyTables) -> Decoder:
         model = DecoderParts.merge(self, params, tables)
         assert self.config.memory is not None
+        blocks: Any = model.blocks
         for layer in self.config.memory.layers:
-            setattr(model.blocks[layer].memory, self.part, None)
+            setattr(blocks[layer].memory, self.part, None)
         return model
 
 

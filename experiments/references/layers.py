@@ -185,7 +185,7 @@ def schedules() -> Check:
                     config = ScheduleConfig(lr=0.3, warmup_steps=warmup, final_fraction=fraction)
                 ours = make_schedule(config, steps)
                 wanted = [0.3 * theirs.lr_lambdas[0](step + 1) for step in range(steps)]
-                largest = max(largest, relative([float(ours(step)) for step in range(steps)], wanted))
+                largest = max(largest, relative([float(np.asarray(ours(step))) for step in range(steps)], wanted))
                 count += 1
     return Check("optimizers", f"{count} schedules", "transformers", "rates of every step, float64", largest, 1e-14)
 

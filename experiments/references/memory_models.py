@@ -135,7 +135,7 @@ def _export(folder: pathlib.Path, short: str) -> list[str]:
     vocab_size = loaded.model.config.vocab_size
     length = 32 if short.startswith(("memory", "peer")) else 120
     tokens = np.random.default_rng(1).integers(0, vocab_size, (2, length)).astype(np.int32)
-    logits = {"logits": np.asarray(loaded.model(jnp.asarray(tokens)))}
+    logits: dict[str, Any] = {"logits": np.asarray(loaded.model(jnp.asarray(tokens)))}
     memory = loaded.model.config.memory
     if memory is not None and memory.table_dtype == "bfloat16":
         logits["widened"] = np.asarray(_widened(loaded.model)(jnp.asarray(tokens)))

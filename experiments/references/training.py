@@ -121,7 +121,9 @@ def _batches(accumulate: int) -> list[dict[str, np.ndarray]]:
         token_mask = positions < rng.integers(LENGTH // 2, LENGTH + 1, (SEQUENCES, 1))
         learned = token_mask & (rng.random(shape) < 0.8)
         batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": token_mask, "positions": positions}
-        rows = {name: np.broadcast_to(array, shape).astype(np.int32) for name, array in batch.items()}
+        rows: dict[str, np.ndarray] = {
+            name: np.broadcast_to(array, shape).astype(np.int32) for name, array in batch.items()
+        }
         rows["loss_mask"] = learned.astype(np.float32)
         found.append({name: array.reshape(accumulate, -1, LENGTH) for name, array in rows.items()})
     return found

@@ -55,8 +55,11 @@ def tokenizers(folder: pathlib.Path) -> Family:
         (hf / name).write_text(json.dumps(content), encoding="utf-8")
     (folder / "sentencepiece.model").write_bytes(made["sentencepiece_model"]())
     (folder / "ranks.tiktoken").write_bytes(made["tiktoken_ranks"]())
-    files = {"hf": hf / "tokenizer.json", "sentencepiece": "sentencepiece.model", "tiktoken": "ranks.tiktoken"}
-    opening = [TokenizerConfig(kind=kind, path=str(folder / name)) for kind, name in files.items()]
+    opening = [
+        TokenizerConfig(kind="hf", path=str(hf / "tokenizer.json")),
+        TokenizerConfig(kind="sentencepiece", path=str(folder / "sentencepiece.model")),
+        TokenizerConfig(kind="tiktoken", path=str(folder / "ranks.tiktoken")),
+    ]
     saved = []
     for number, tokenizer in enumerate([train_bpe(TEXTS, 300), *map(open_tokenizer, opening)]):
         tokenizer.save(folder / f"run{number}")
@@ -164,6 +167,7 @@ def make_run(folder: pathlib.Path) -> None:
     place.write_text(CONFIG, encoding="utf-8")
     config = load(RunConfig, place)
     place.unlink()
+    assert config.model.memory is not None
     memory = dataclasses.replace(config.model.memory, table_dtype="float32")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32", memory=memory))
     parts, rng = DecoderParts.of(config.model), np.random.default_rng(0)
@@ -262,14 +266,14 @@ def patch_files(folder: pathlib.Path) -> Family:
     run = folder / "run"
     make_run(run)
     ((name, table),) = split_decoder(memjax.load(run).model)[2].items()
-    rows, old = np.array([1, 5, 60]), np.asarray(table)[[1, 5, 60]]
+    before = np.array(table)
+    rows, old = np.array([1, 5, 60]), before[[1, 5, 60]]
     base = model_digest(run / "checkpoints", 0)
-    patch = Patch(base, {name: RowChange(len(table), rows, old, old + 1)}, {"facts": [{"prompt": "a", "answer": "b"}]})
+    patch = Patch(base, {name: RowChange(len(before), rows, old, old + 1)}, {"facts": [{"prompt": "a", "answer": "b"}]})
     file = write_patch(folder / "a.safetensors", patch)
     applied = Applied(run / "checkpoints")
-    other = np.asarray(table)[[2]]
-    applied.add(0, dataclasses.replace(patch, tables={name: RowChange(len(table), rows[:1] + 1, other, other + 2)}))
-    before = np.asarray(table).copy()
+    other = before[[2]]
+    applied.add(0, dataclasses.replace(patch, tables={name: RowChange(len(before), rows[:1] + 1, other, other + 2)}))
 
     def read() -> Any:
         read_patch(file)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,8 @@ class Method(NamedTuple):
     """Rows of a table that a step may change."""
     rank: int = 0
     """Rank of LoRA."""
-    optimizer: str = "sgd"
-    """Optimizer of rows: sgd or rowwise_adam. Dense parameters use AdamW."""
+    optimizer: Literal["sgd", "rowwise_adam"] = "sgd"
+    """Optimizer of rows. Dense parameters use AdamW."""
     epochs: int = 1
 
 
@@ -76,7 +76,7 @@ def teach(
         epochs=method.epochs,
         batch_size=1,
         optimizer=method.optimizer,
-        replay=replay,  # type: ignore[arg-type]
+        replay=replay,
     )
     scored_on = _background_for(method, background, model, tokenizer, facts)
     learned = learn(model, tokenizer, facts, scored_on, recipe, longest=longest, known=known)

@@ -107,7 +107,7 @@ def _together(base: Base, method: Method) -> dict[str, Any]:
 
 def _in_parts(base: Base, method: Method) -> dict[str, Any]:
     """Teaches parts in sequence, each to completion before the next begins."""
-    model, seconds = base.model, 0.0
+    model, told, seconds = base.model, {}, 0.0
     for part in _parts(base):
         model, told = _teach(base, model, part, method)
         seconds += told["seconds_a_fact"] * len(part)
@@ -122,7 +122,7 @@ def _merged(base: Base, method: Method) -> dict[str, Any]:
         raise ValueError(f"only rows are merged, not {method.name}")
     parts, params, tables = split_decoder(base.model)
     tables = writable(tables)
-    total, alone = dict(tables), []
+    told, total, alone = {}, dict(tables), []
     for place, part in enumerate(_parts(base)):
         model, told = _teach(base, base.model, part, method)
         learned = writable(split_decoder(model)[2])
@@ -162,7 +162,7 @@ def _parts(base: Base) -> list[list[sets.NewFact]]:
     return [list(part) for part in _split(base.new, base.size["parts"])]
 
 
-def _split(items: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
+def _split(items: Any, count: int) -> Iterator[Any]:
     ends = [len(items) * number // count for number in range(count + 1)]
     for begin, end in itertools.pairwise(ends):
         yield items[begin:end]
