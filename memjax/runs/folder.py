@@ -44,6 +44,15 @@ _MAY_CHANGE = (
 )
 """Settings that a resumed run may change: they do not affect what is learned."""
 
+_ONLY_AT_THE_START = (
+    "data.tokenizer.",
+    "model.embedding_init_std",
+    "model.memory.value_init_scale",
+    "model.peer.value_init_scale",
+    "train.init_from",
+)
+"""Settings that a run never reads again once it has a step: to record a change of them would be untrue."""
+
 _SUBFOLDERS = (CHECKPOINTS, "evals", "patches", "plots", "prepared", "profile", "tensorboard", "wandb")
 """Subfolders that a run writes."""
 
@@ -152,7 +161,8 @@ class RunFolder:
         More steps need no permission: they continue the run, even a finished one.
 
         Raises:
-            ConfigError: the folder holds a run with other settings, or a finished run that these would change.
+            ConfigError: the folder holds a run with other settings (those of the start may not change even if allowed),
+                or a finished run that these would change.
             CheckpointError: the settings of the run cannot be read.
         """
         saved = self.saved_config()
@@ -163,6 +173,14 @@ class RunFolder:
         if summary is not None and config.train.steps <= summary["steps"]:
             self._check_finished(changed, summary["steps"])
             return Claim(self, config, summary=summary)
+        if fixed := [line for line in changed if line.startswith(_ONLY_AT_THE_START)]:
+            raise ConfigError(
+                [
+                    f"{self.path} holds a run that has begun, and these settings only affect the beginning of a run; "
+                    "set them back, or name another --run.dir for a new run:",
+                    *(f"  {line}" for line in fixed),
+                ]
+            )
         more_steps = config.train.steps > saved.train.steps
         refused = [
             line

@@ -91,6 +91,26 @@ def test_settings_that_affect_learning_may_not_change(started):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        "--data.tokenizer.kind byte",
+        "--model.embedding_init_std 0.5",
+        "--model.memory.value_init_scale 2",
+        "--train.init_from elsewhere",
+    ],
+)
+@pytest.mark.parametrize("allowed", [False, True])
+def test_settings_of_the_start_may_not_change_even_if_allowed(started, change, allowed):
+    before = contents(started().folder.path)
+    with pytest.raises(ConfigError) as caught:
+        started(change, allow_changed=allowed)
+    first, line = [*caught.value.problems]
+    assert "only affect the beginning of a run; set them back, or name another --run.dir" in first
+    assert line.startswith(change.split()[0][2:] + ": ")
+    assert contents(started().folder.path) == before
+
+
+@pytest.mark.parametrize(
     "settings",
     ["--mesh.data 2", "--checkpoint.every 7", "--eval.batches 3", "--log.usage_every 7", "--train.remat block"],
 )
