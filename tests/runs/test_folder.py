@@ -106,7 +106,7 @@ def test_settings_of_the_start_may_not_change_even_if_allowed(started, change, a
         started(change, allow_changed=allowed)
     first, line = [*caught.value.problems]
     assert "only affect the beginning of a run; set them back, or name another --run.dir" in first
-    assert line.startswith(change.split()[0][2:] + ": ")
+    assert line.strip().startswith(change.split()[0][2:] + ": ")
     assert contents(started().folder.path) == before
 
 
