@@ -12,7 +12,7 @@ The number of tokens per call, temperatures, seeds, stop tokens and lengths are 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,7 @@ class State(NamedTuple):
         return self.cache.blocks[0].keys.shape[2]
 
 
+Tree = TypeVar("Tree")
 Weights = tuple[Array, ...]
 ModelOf = Callable[[Weights], Decoder]
 
@@ -118,7 +119,7 @@ def prefill(
     model = model_of(weights)
     is_text = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     hidden, cache = model.hidden_with_cache(split_tokens(tokens), None, split_tokens(is_text))
-    return *_read(model, hidden, lengths, tokens, lengths), cache
+    return _split((*_read(model, hidden, lengths, tokens, lengths), cache))
 
 
 def extend(
@@ -176,7 +177,7 @@ def start(
     state = State(rows, cache, token=nothing, num_made=nothing, uses=uses)
     state, made, likely = _add_token(state, logits, mode, num_top)
     # With an axis of tokens, as `decode` returns them.
-    return state, replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
+    return _split(state), replicate(made[:, None]), jax.tree.map(lambda array: replicate(array[:, None]), likely)
 
 
 @functools.partial(jax.jit, static_argnames=("num_rows", "capacity"), donate_argnames="state")
@@ -185,10 +186,10 @@ def insert(state: State | None, fresh: State, slots: Int[Array, " b"], *, num_ro
     # Whole rows are overwritten, so that remains of another text cannot cause NaN as 0 * inf.
     fresh = _enlarged(fresh, capacity)
     if state is None:
-        empty = lambda array: split_tokens(jnp.zeros((num_rows, *array.shape[1:]), array.dtype))
-        state = jax.tree.map(empty, fresh)
+        state = jax.tree.map(lambda array: jnp.zeros((num_rows, *array.shape[1:]), array.dtype), fresh)
     # Unique indices let XLA write rows in any order.
-    return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop", unique_indices=True), state, fresh)
+    write = lambda old, new: old.at[slots].set(new, mode="drop", unique_indices=True)
+    return _split(jax.tree.map(write, state, fresh))
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -228,7 +229,7 @@ def decode(
         reported = Likelihoods(jnp.zeros(shape), jnp.zeros((*shape, num_top)), jnp.zeros((*shape, num_top), jnp.int32))
     go_on = lambda carry: (carry[0] < count) & jnp.any(carry[1].is_active)
     _, state, tokens, reported = jax.lax.while_loop(go_on, add, (jnp.int32(0), state, tokens, reported))
-    return state, replicate(tokens), jax.tree.map(replicate, reported)
+    return _split(state), replicate(tokens), jax.tree.map(replicate, reported)
 
 
 def _add_token(
@@ -246,6 +247,11 @@ def _add_token(
         uses = uses.at[place].set(jnp.maximum(uses[place], 0) + 1)
     state = state._replace(token=picked, num_made=num_made, uses=uses)
     return state, made, None if num_top is None else likelihoods(logits, picked, num_top)
+
+
+def _split(rows: Tree) -> Tree:
+    """The rows sharded over the devices of a mesh: alike by all programs, so that none is compiled for two layouts."""
+    return jax.tree.map(split_tokens, rows)
 
 
 def _enlarged(state: State, capacity: int) -> State:

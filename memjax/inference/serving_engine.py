@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.stages import Lowered
 
-from memjax.config.sampling import SamplingConfig
 from memjax.inference import programs
 from memjax.inference.engine import Engine
 from memjax.inference.programs import Rows, extended_sizes, padded_length, top_counts
@@ -18,7 +18,7 @@ from memjax.inference.sampling import Mode
 from memjax.inference.scheduler import prefill_rows
 from memjax.inference.scoring import PromptScorer
 from memjax.models.decoder import Decoder
-from memjax.sharding.axes import has_memory_axis
+from memjax.sharding.rules import TOKENS
 
 _USUAL = Mode(), Mode(draws=True, top_k=True, top_p=True, min_p=True)
 _MODES = *_USUAL, Mode(*[True] * len(Mode._fields))
@@ -49,8 +49,6 @@ class ServingEngine(Engine):
     ) -> Iterator[Lowered]:
         """Traces, without running, the programs that serve certain prompts, for the caller to compile.
 
-        Under a mesh only prefill programs are traced: the compiler decides how the others' arguments are sharded.
-
         Args:
             widths: padded lengths of the prompts.
             groups: numbers of prompts that are prefilled together.
@@ -59,6 +57,8 @@ class ServingEngine(Engine):
         """
         # Results of committed arrays are committed, and a call with arguments committed otherwise would recompile.
         sharding = next((array.sharding for array in self._weights if array.committed), None)
+        if self._devices > 1:
+            sharding = NamedSharding(jax.sharding.get_mesh(), TOKENS)
         shape = lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
         shapes = lambda lowered: jax.tree.map(shape, lowered.out_info)
         capacity, state, fresh, inserted = self._min_capacity, None, {}, set()
@@ -74,8 +74,6 @@ class ServingEngine(Engine):
             else:
                 read = self._program_for(tokens).lower(self._weights, tokens, lengths)
             yield read
-            if self._devices > 1:
-                continue
             logits, uses, cache = shapes(read)
             rows = Rows.of([None] * group)
             for mode, num_top in needs if group not in fresh else ():
@@ -120,19 +118,12 @@ def warm_up(
         for done, compiled in enumerate(as_completed(compiling), 1):
             compiled.result()
             progress(done, len(compiling))
-    calls = [(widths[-1], groups[-1], SamplingConfig())]
-    if has_memory_axis():
-        # Under a mesh most programs can be compiled only by calling them.
-        samplings = SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.5)
-        calls = list(itertools.product(widths, groups, samplings))
-    for width, rows, sampling in calls:
-        # The longest prompt of this width that leaves room for two tokens, if there is one.
-        length = min(max_length - 1, max(width // 2 + 1, min(width, max_length - 2)))
-        request = Request(prompt_ids=[0] * length, max_tokens=max_length - length, sampling=sampling)
-        slots = engine.insert([request] * rows)
-        engine.step(1)
-        for slot in slots:
-            engine.release(slot)
+    # The longest prompts that leave room for two tokens, if there are any.
+    length = min(max_length - 1, max(widths[-1] // 2 + 1, min(widths[-1], max_length - 2)))
+    slots = engine.insert([Request(prompt_ids=[0] * length, max_tokens=max_length - length)] * groups[-1])
+    engine.step(1)
+    for slot in slots:
+        engine.release(slot)
 
 
 def lower_rest(engine: ServingEngine, scorer: PromptScorer, *, max_length: int) -> Iterator[Lowered]:

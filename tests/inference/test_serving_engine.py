@@ -127,10 +127,19 @@ def test_a_server_ends_after_the_program_that_is_compiled_and_survives_one_that_
 def test_under_a_mesh_a_warm_engine_compiles_nothing_either(compiled, mesh):
     with jax.set_mesh(mesh):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        model = constant(0.4, vocab_size=16)
-        engine = ServingEngine(jax.device_put(model, whole), num_slots=3, max_length=33)
+        model = jax.device_put(constant(0.4, vocab_size=16), whole)
+        engine, scorer = ServingEngine(model, num_slots=3, max_length=33), PromptScorer(model)
         warm_up(engine, max_length=33)
         compiled.clear()
         for lengths in ([3], [17, 17], [32], [31, 30]):
             write(engine, lengths)
+            write(engine, lengths, sampling=SamplingConfig(temperature=1.0))
+        assert compiled.count(COMPILED) == 0
+        for program in lower_rest(engine, scorer, max_length=33):
+            program.compile()
+        compiled.clear()
+        for logprobs in (None, 5, 16):
+            write(engine, [3], logit_bias={3: 1.5}, logprobs=logprobs)
+            write(engine, [17, 30], sampling=SamplingConfig(temperature=1.0), logprobs=logprobs or 0)
+            scorer([5] * 9, logprobs or 1)
     assert compiled.count(COMPILED) == 0
