@@ -4,8 +4,6 @@ Every evaluation uses `score`: recall, bits of knowledge, bits per byte and lm-e
 contexts. `PromptScorer` scores a server's prompts, with the likeliest tokens at each position.
 """
 
-import itertools
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ from memjax.data.tokenizers.base import Tokenizer
 from memjax.inference.programs import padded_length, top_count
 from memjax.inference.requests import TokenLogprobs
 from memjax.inference.sampling import Likelihoods, likelihoods
+from memjax.inference.score_rows import Pack, ScoreRequest, Shape, batch_of, by_shape, packed, rows_of
 from memjax.inference.weights import prepare
 from memjax.models.decoder import Decoder
 from memjax.models.loss import map_logits
@@ -33,19 +32,8 @@ Show = Callable[[float], None]
 Place = Callable[[Batch], dict[str, jax.Array]]
 """Transfers the arrays of a batch to the devices."""
 
-_FEW = 16
-"""Predictions per row that are enough for most rows; a row with more gets logits at all positions."""
 _PROMPT_POSITIONS = 256
 """Positions of a prompt whose logits are in memory at a time."""
-
-
-class ScoreRequest(NamedTuple):
-    """A continuation to score, and the context it follows, as token ids."""
-
-    context: Sequence[int]
-    """Must not be empty: at least the begin token."""
-    continuation: Sequence[int]
-    """May be empty (probability 1)."""
 
 
 class Score(NamedTuple):
@@ -87,8 +75,9 @@ def score(
     context is truncated from the left; a continuation that is itself longer is scored in windows of max_length
     predictions, each with as much text before it as fits.
 
-    Rows see neither each other nor the padding, so the batch size and other requests can change a score only through
-    the order of summation. Requests with the same input tokens, such as four letters after one question, share a row.
+    Requests see neither each other nor the padding, so the batch size and other requests can change a score only
+    through the order of summation. Tokens with which several requests begin, such as examples or a question before its
+    choices, are computed once for as many of them as fit into a row.
 
     Args:
         model: the model.
@@ -106,108 +95,41 @@ def score(
         for name, ids in zip(one._fields, one, strict=True):
             check_ids(ids, model.config.vocab_size, f"the ids of the {name} of request {number}")
     longest = max((len(one.context) + len(one.continuation) for one in requests), default=1)
-    groups = _by_shape(_rows(requests, max_length or longest), batch_size)
+    packs = packed(rows_of(requests, max_length or longest), can_share=_can_share(model))
+    groups = by_shape(packs, batch_size)
     nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-    done, total = 0, sum(width * len(rows) for (width, _), rows in groups)
-    for width, rows, (log_p, best) in _computed(model, groups, batch_size, place):
-        for number, row in enumerate(rows):
-            for owner, where in row.owners():
+    done, total = 0, sum(shape.width * len(packs) for shape, packs in groups)
+    for shape, packs, (log_p, best) in _computed(model, groups, batch_size, place):
+        for number, pack in enumerate(packs):
+            for owner, where in pack.owners():
                 nats[owner] += log_p[number, where].sum(dtype=np.float64)
                 greedy[owner] &= bool(best[number, where].all())
-        done += width * len(rows)
+        done += shape.width * len(packs)
         if show:
             show(done / total)
     return [Score(float(one), bool(is_greedy)) for one, is_greedy in zip(nats, greedy, strict=True)]
 
 
-class _Row:
-    """A sequence of input tokens, and the predictions scored in it."""
-
-    def __init__(self, tokens: tuple[int, ...]):
-        self.tokens = tokens
-        self.asks: list[tuple[int, tuple[int, ...]]] = []
-        """Request index and target tokens; the last target follows the last token of the row."""
-
-    @property
-    def depth(self) -> int:
-        return sum(len(targets) for _, targets in self.asks)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Padded numbers of tokens and predictions; there are two programs per width."""
-        width = padded_length(len(self.tokens))
-        return width, _FEW if self.depth <= _FEW else width
-
-    def predictions(self) -> Iterator[tuple[int, int]]:
-        """Positions in the row, each with the target token that follows it."""
-        for _, targets in self.asks:
-            yield from enumerate(targets, start=len(self.tokens) - len(targets))
-
-    def owners(self) -> Iterator[tuple[int, slice]]:
-        """Request indices, each with its slice of the row's predictions."""
-        ends = itertools.accumulate(len(targets) for _, targets in self.asks)
-        for (owner, targets), end in zip(self.asks, ends, strict=True):
-            yield owner, slice(end - len(targets), end)
+def _can_share(model: Decoder) -> bool:
+    """Whether sequences may share a row: neither rotary frequencies nor a window count the tokens of the row."""
+    scaling, window = model.config.rope_scaling, model.config.sliding_window
+    return window is None and (scaling is None or scaling.kind not in ("dynamic", "longrope"))
 
 
-def _rows(requests: Iterable[ScoreRequest], max_length: int) -> list[_Row]:
-    rows: list[_Row] = []
-    shared: dict[tuple[int, ...], _Row] = {}
-    for owner, (context, continuation) in enumerate(requests):
-        if not len(context):
-            raise ValueError(f"the context of request {owner} is empty; it needs at least the begin token")
-        ids = (*context, *continuation)
-        for start in range(len(context), len(ids), max_length):
-            stop = min(start + max_length, len(ids))
-            tokens, targets = ids[max(0, stop - 1 - max_length) : stop - 1], ids[start:stop]
-            row = shared.get(tokens)
-            if row is None or row.depth + len(targets) > _FEW:
-                row = shared[tokens] = _Row(tokens)
-                rows.append(row)
-            row.asks.append((owner, targets))
-    return rows
-
-
-def _by_shape(rows: Iterable[_Row], batch_size: int) -> list[tuple[tuple[int, int], list[_Row]]]:
-    """The rows grouped by padded shape, the smallest first.
-
-    Groups that do not fill a batch join the next larger shape: compiling a program takes longer than computing a batch.
-    """
-    groups: dict[tuple[int, int], list[_Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.shape].append(row)
-    for shape in sorted(groups):
-        larger = next((other for other in sorted(groups) if other > shape and other[1] >= shape[1]), None)
-        if larger and len(groups[shape]) < batch_size:
-            groups[larger] += groups.pop(shape)
-    return sorted(groups.items())
-
-
-def _computed(model: Decoder, groups: Any, batch_size: int, place: Place) -> Iterator[tuple[int, list[_Row], Any]]:
-    """Yields width, rows and scores (NumPy arrays) of each batch; a batch is computed while the next is prepared."""
+def _computed(model: Decoder, groups: Any, batch_size: int, place: Place) -> Iterator[tuple[Shape, list[Pack], Any]]:
+    """Yields shape, packs and scores (NumPy arrays) of each batch; a batch is computed while the next is prepared."""
     graphdef, state = nnx.split(model)
     before = None
-    for (width, depth), rows in groups:
-        for start in range(0, len(rows), batch_size):
-            some = rows[start : start + batch_size]
-            found = _scored(graphdef, state, place(_batch(some, (batch_size, width, depth))))
+    for shape, packs in groups:
+        num_rows = shape.num_rows(batch_size, len(packs))
+        for start in range(0, len(packs), num_rows):
+            some = packs[start : start + num_rows]
+            found = _scored(graphdef, state, place(batch_of(some, num_rows, shape)))
             if before:
                 yield *before[:2], jax.device_get(before[2])
-            before = width, some, found
+            before = shape, some, found
     if before:
         yield *before[:2], jax.device_get(before[2])
-
-
-def _batch(rows: Sequence[_Row], shape: tuple[int, int, int]) -> Batch:
-    """Padded arrays: `tokens` with `token_mask`, and `targets` with their `positions`; padded targets are ignored."""
-    num_rows, width, depth = shape
-    tokens, token_mask = np.zeros((num_rows, width), np.int32), np.zeros((num_rows, width), bool)
-    positions, targets = np.zeros((num_rows, depth), np.int32), np.zeros((num_rows, depth), np.int32)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row.tokens)] = row.tokens
-        token_mask[number, : len(row.tokens)] = True
-        positions[number, : row.depth], targets[number, : row.depth] = np.array(list(row.predictions())).T
-    return {"tokens": tokens, "token_mask": token_mask, "positions": positions, "targets": targets}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -217,9 +139,10 @@ def _scored(
     """Log-probability (nats) of each target at its position, and whether the target is the likeliest token there."""
     model = nnx.merge(graphdef, state)
     # Padding at the end is harmless: tokens see only what comes before them.
-    hidden = model.hidden(batch["tokens"], token_mask=batch["token_mask"]).states
-    # Only these positions need logits; at all positions, the logits would be the largest array of all.
-    hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
+    order = batch.get("positions"), batch.get("segments")
+    hidden = model.hidden(batch["tokens"], *order, token_mask=batch["token_mask"]).states
+    # Only these places need logits; everywhere, the logits would be the largest array of all.
+    hidden = jnp.take_along_axis(hidden, batch["predicted"][..., None], axis=1)
 
     def compare(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]) -> tuple[Array, Array]:
         return likelihoods(logits, targets, 0).chosen, jnp.argmax(logits, axis=-1) == targets

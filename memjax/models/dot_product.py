@@ -18,6 +18,8 @@ from memjax.ops.precision import accumulator
 IMPLEMENTATIONS = ("cudnn", "chunked")
 """In order of preference."""
 
+SEEN_BY_ALL = -1
+"""The segment of tokens that those of every segment see."""
 SCORE_BYTES = 1 << 28
 """Bytes of scores per device that are held at once."""
 
@@ -66,13 +68,16 @@ def self_attention(
     implementation: str,
     max_score_bytes: int = SCORE_BYTES,
 ) -> Float[Array, "b s n h"]:
-    """Each token attends to itself and the tokens before it, within its segment and the nearest `window` tokens."""
+    """Each token attends to itself and the tokens before it, within its segment and the nearest `window` tokens.
+
+    All segments see tokens of the segment `SEEN_BY_ALL`.
+    """
     if implementation == "chunked":
         positions = jnp.arange(query.shape[1])[None, :]
         return attention(
             query, keys, values, positions=positions, segments=segments, window=window, max_score_bytes=max_score_bytes
         )
-    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    mask = None if segments is None else _same(segments[:, None], segments[:, None])
     nearest = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         query, keys, values, mask=mask, is_causal=True, local_window_size=nearest, implementation="cudnn"
@@ -139,8 +144,14 @@ def _seen(
     if window is not None:
         seen &= distance < window
     if segments is not None:
-        seen &= jnp.take_along_axis(segments, positions, axis=1)[:, :, None] == segments[:, None, :]
+        seen &= _same(jnp.take_along_axis(segments, positions, axis=1), segments)
     return seen[:, None]
+
+
+def _same(queries: Int[Array, "*b q"], keys: Int[Array, "*b k"]) -> Bool[Array, "*b q k"]:
+    """Mask of the keys in the segment of a query, or seen by all."""
+    keys = keys[..., None, :]
+    return (queries[..., None] == keys) | (keys == SEEN_BY_ALL)
 
 
 def _attend(query: Array, keys: Array, values: Array, seen: Bool[Array, "b 1 q k"]) -> Array:

@@ -13,7 +13,8 @@ BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 10, 4, 2, 8
 def draw(dtype="float32", length=LENGTH):
     rng = np.random.default_rng(0)
     shapes = [(BATCH, length, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    segments = jnp.asarray(np.sort(rng.integers(1, 4, size=(BATCH, length)), axis=1), jnp.int32)
+    segments = jnp.asarray(np.sort(rng.integers(0, 4, size=(BATCH, length)), axis=1), jnp.int32)
+    segments = jnp.where(segments == 0, dot_product.SEEN_BY_ALL, segments)
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes], segments
 
 
@@ -23,7 +24,7 @@ def by_hand(query, keys, values, segments, window):
         seen = [
             other
             for other in range(max(0, place + 1 - (window or LENGTH)), place + 1)
-            if segments is None or segments[row, other] == segments[row, place]
+            if segments is None or segments[row, other] in (segments[row, place], -1)
         ]
         group = head // (HEADS // KV_HEADS)
         weights = np.exp(keys[row, seen, group] @ query[row, place, head] / HEAD_DIM**0.5)
