@@ -1,12 +1,14 @@
 """Runs each case of a benchmark in its own process, so that an out-of-memory error is a row and the rest continues."""
 
+import argparse
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import timing
@@ -41,6 +43,37 @@ def run(script: str, case: Row, seconds: float, *, xla_flags: str = "") -> tuple
             note = f"stopped after {seconds:.0f} s"
         found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {"rows": []}
         return found["rows"] + ([{"note": note}] if note else []), found.get("environment", {})
+
+
+def save(result: pathlib.Path, rows: Iterable[Row], common: Row | None = None) -> None:
+    """In a case's process: writes the rows for `run`, each with the common columns, and prints them."""
+    written: list[Row] = []
+    for row in rows:
+        # After every row, since the next may take too long.
+        written.append({**(common or {}), **row})
+        result.write_text(json.dumps({"rows": written, "environment": timing.environment()}))
+        print({name: value for name, value in written[-1].items() if name != "profile"}, flush=True)
+
+
+def parser(doc: str | None, *, small: str = "small sizes") -> argparse.ArgumentParser:
+    """A benchmark's parser, with the arguments that all have."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
+    made.add_argument("--small", action="store_true", help=small)
+    made.add_argument("--stem", help="name of the files in the folder, without suffix")
+    return made
+
+
+def command(bench: str, arguments: argparse.Namespace) -> str:
+    """The command that a record shows, which omits where files go."""
+    words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
+    return f"python experiments/bench/{bench}.py {shlex.join(words)}".strip()
+
+
+def stem(bench: str, arguments: argparse.Namespace, record: Row) -> str:
+    """Name of a record's files, without suffix: the one asked for, or that of the device."""
+    device = record.get("device", "unknown").replace(" ", "-").lower()
+    return arguments.stem or f"{bench}-{device}" + ("-small" if arguments.small else "")
 
 
 def read(file: pathlib.Path) -> Row:

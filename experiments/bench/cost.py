@@ -9,10 +9,8 @@ other parts.
 With --small (for CPUs, which report no energy), small models only show that everything runs.
 """
 
-import argparse
 import json
 import pathlib
-import shlex
 import sys
 import time
 from typing import Any
@@ -143,16 +141,11 @@ def name_of(slots: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
-    parser.add_argument("--small", action="store_true", help="small sizes")
+    parser = cases.parser(__doc__)
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to run")
     parser.add_argument("--seconds", type=float, default=300, help="time limit: no part starts later, or runs longer")
-    parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     arguments = parser.parse_args()
-    # The recorded command omits where files go.
-    words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
-    command = f"python experiments/bench/cost.py {shlex.join(words)}".strip()
+    command = cases.command("cost", arguments)
     out, started = arguments.out.resolve(), time.monotonic()
     stem = arguments.stem
     for part, case in cases_of(arguments.small).items():
@@ -164,8 +157,7 @@ def main() -> None:
             if "model" not in row:
                 print(f"{part}: {row['note']}", flush=True)
         record = {"command": command, **environment, "rows": [row for row in rows if "model" in row]}
-        device = environment.get("device", "unknown").replace(" ", "-").lower()
-        stem = arguments.stem or f"cost-{device}" + ("-small" if arguments.small else "")
+        stem = cases.stem("cost", arguments, record)
         compare(record["rows"])
         cases.write(out, stem, record, title="What a larger table costs on", columns=COLUMNS, key=KEY)
     if stem is None:

@@ -25,6 +25,7 @@ from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import cases
 import timing
 from energy import EnergyMeter
 from random_table import random_model
@@ -123,11 +124,7 @@ def slots_of(config: RunConfig) -> int:
 def main() -> None:
     """Writes the case's rows as JSON, and prints each."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
-    rows: list[Row] = []
-    for row in of_tokens(case) if case["kind"] == "tokens" else of_steps(case):
-        rows.append(row)
-        result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
-        print(row, flush=True)
+    cases.save(result, of_tokens(case) if case["kind"] == "tokens" else of_steps(case))
 
 
 if __name__ == "__main__":

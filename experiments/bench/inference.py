@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import itertools
 import pathlib
-import shlex
 import sys
 import time
 
@@ -119,9 +118,7 @@ def compare(rows: list[cases.Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
-    parser.add_argument("--small", action="store_true", help="small sizes")
+    parser = cases.parser(__doc__)
     parser.add_argument("--size", default="373m", help="presets configs/SIZE_dense.yaml and SIZE_memory_plus_1m.yaml")
     parser.add_argument("--only", nargs="*", help=f"parts: {' '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=5, help="texts per size, of which the median counts")
@@ -129,11 +126,8 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=240, help="time limit: no process starts later, or runs longer"
     )
-    parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     arguments = parser.parse_args()
-    # The recorded command omits where files go.
-    words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
-    command = f"python experiments/bench/inference.py {shlex.join(words)}".strip()
+    command = cases.command("inference", arguments)
     arguments.out = arguments.out.resolve()
     if unknown := set(arguments.only or []) - set(PARTS):
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
@@ -153,8 +147,7 @@ def main() -> None:
         record |= environment
         record["rows"] += [{"model": case["model"]} | row for row in rows]
         compare(record["rows"])
-        device = record.get("device", "unknown").replace(" ", "-").lower()
-        stem = arguments.stem or f"inference-{device}" + ("-small" if arguments.small else "")
+        stem = cases.stem("inference", arguments, record)
         cases.write(arguments.out, stem, record, title="Generation on", columns=COLUMNS, key=KEY)
     print(f"\n{timing.table(record['rows'], COLUMNS)}", flush=True)
 

@@ -35,6 +35,7 @@ from memjax.ops.row_formats import formats
 from memjax.ops.table import Table
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import cases
 import timing
 from random_table import random_model
 
@@ -233,12 +234,8 @@ def lookup_row(inputs: tuple[Any, ...], top_k: int, tried: dict[str, Row], round
 def main() -> None:
     """Writes the case's rows as JSON, and prints each."""
     case, result = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
-    rows: list[Row] = []
-    for row in {"engine": of_engine, "attention": of_attention, "lookup": of_lookup}[case["kind"]](case):
-        # After every row, since the next may take too long.
-        rows.append({"model": case["model"]} | row)
-        result.write_text(json.dumps({"rows": rows, "environment": timing.environment()}))
-        print({name: value for name, value in rows[-1].items() if name != "profile"}, flush=True)
+    rows = {"engine": of_engine, "attention": of_attention, "lookup": of_lookup}[case["kind"]](case)
+    cases.save(result, rows, {"model": case["model"]})
 
 
 if __name__ == "__main__":

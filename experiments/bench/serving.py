@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import pathlib
 import random
-import shlex
 import signal
 import socket
 import statistics
@@ -332,9 +331,7 @@ def measure(case: cases.Row) -> cases.Row:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
-    parser.add_argument("--small", action="store_true", help="a small model and few requests")
+    parser = cases.parser(__doc__, small="a small model and few requests")
     parser.add_argument("--size", default="373m", help="preset configs/SIZE_memory_plus_1m.yaml")
     parser.add_argument("--dtype", default="bfloat16", help="of parameters; float32 for equal answers")
     parser.add_argument("--table_format", help="of a table of random codes, such as int8")
@@ -347,7 +344,6 @@ def main() -> int:
     parser.add_argument("--new", type=int, help="tokens of an answer; 128, or 16 if small")
     parser.add_argument("--hang_ups", type=float, default=0.15, help="share of requests whose client hangs up")
     parser.add_argument("--processes", type=int, help="that the clients share; half of the CPU's cores")
-    parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -374,12 +370,9 @@ def main() -> int:
     shared = f", {arguments.shared} tokens shared" + ", read again" * arguments.read_all if arguments.shared else ""
     row: cases.Row = {"model": f"Memory+ {'small' if small else arguments.size}, {dtype}{table}{shared}"}
     row |= {name: case[name] for name in ("clients", "prompt", "new", "hang_ups")} | measure(case)
-    ignored = ("--out", str(arguments.out), "--stem", arguments.stem)
-    command = f"python experiments/bench/serving.py {shlex.join(w for w in sys.argv[1:] if w not in ignored)}".strip()
     environment: cases.Row = row.pop("environment", {})
-    record = {"command": command, **environment, "rows": [row]}
-    device = record.get("device", "unknown").replace(" ", "-").lower()
-    stem = arguments.stem or f"serving-{device}" + ("-small" if small else "")
+    record = {"command": cases.command("serving", arguments), **environment, "rows": [row]}
+    stem = cases.stem("serving", arguments, record)
     cases.write(arguments.out.resolve(), stem, record, title="Serving on", columns=COLUMNS, key=KEY)
     print(timing.table([row], COLUMNS), flush=True)
     is_wrong = "note" in row or row["lost"] or (dtype == "float32" and not row["all equal"])

@@ -13,7 +13,6 @@ With --small (for CPUs), a few small cases only show that everything runs.
 import argparse
 import importlib.util
 import pathlib
-import shlex
 import sys
 import time
 from typing import Any
@@ -145,9 +144,7 @@ def run(case: Row, seconds: float) -> tuple[list[Row], Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/bench/results"))
-    parser.add_argument("--small", action="store_true", help="small sizes")
+    parser = cases.parser(__doc__)
     parser.add_argument("--size", default="373m", help="presets configs/SIZE_dense.yaml and SIZE_memory_plus_1m.yaml")
     parser.add_argument("--batch", type=int, help="sequences per device")
     parser.add_argument("--only", nargs="*", help=f"parts: {' '.join(PARTS)}")
@@ -155,13 +152,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also trace three steps of every case")
     parser.add_argument("--seconds", type=float, default=570, help="time limit: no case starts later, or runs longer")
     parser.add_argument("--settings", default=[], type=str.split, help="settings for all cases, as train takes them")
-    parser.add_argument("--stem", help="name of the files in the folder, without suffix")
     parser.add_argument("--resume", action="store_true", help="skip cases that the files of --stem contain")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of devices for part devices")
     arguments = parser.parse_args()
-    # The recorded command omits where files go.
-    words = [word for word in sys.argv[1:] if word not in ("--out", str(arguments.out), "--stem", arguments.stem)]
-    command = f"python experiments/bench/train_step.py {shlex.join(words)}".strip()
+    command = cases.command("train_step", arguments)
     arguments.out = arguments.out.resolve()
     started, record = time.monotonic(), {"command": command, "rows": []}
     parts = cases_of(arguments)
@@ -179,8 +173,7 @@ def main() -> None:
         record |= environment
         same = {name: case[name] for name in ("part", "case", *devices.SAME) if name in case}
         record["rows"] += [same | row | {"commit": environment.get("commit")} for row in rows]
-        device = record.get("device", "unknown").replace(" ", "-").lower()
-        stem = arguments.stem or f"train_step-{device}" + ("-small" if arguments.small else "")
+        stem = cases.stem("train_step", arguments, record)
         key = ("part", "case")
         what = {"title": "Training steps on", "columns": COLUMNS, "key": key, "compare": devices.compare}
         cases.write(arguments.out, stem, record, **what)
