@@ -7,10 +7,8 @@ attempted; those that cannot be set up are reported under `lacks`.
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import json
-import operator
 import os
 import resource
 import signal
@@ -28,13 +26,13 @@ USER = "a user without rights"
 
 _NOBODY, _JUDGE = 65534, 65533
 """User ids of programs and judges started by root; they differ so that neither can send the other a signal."""
-_NEW = {PROCESSES: 0x20000000, NETWORK: 0x40000000, FILES: 0x00020000, "ipc": 0x08000000}
+_NEW_NAMESPACES = 0x20000000 | 0x40000000 | 0x00020000 | 0x08000000
 """CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWIPC."""
 _NEW_USER = 0x10000000
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _NO_EXEC = 1, 2, 4, 8
-_REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 32, 4096, 16384, 1 << 18
-_FLAGS = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21}
-"""Mount options that a user namespace must keep."""
+_BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
+_MOUNT_SETATTR, _CURRENT_FOLDER, _WHOLE_TREE = 442, -100, 0x8000
+"""The system call, which has no function in older C libraries, AT_FDCWD, AT_RECURSIVE."""
 _DEATH_SIGNAL, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 36, 38
 _CAPABILITY_VERSION = 0x20080522
 
@@ -111,20 +109,21 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _enter_namespaces() -> list[str]:
-    """Enters new namespaces; returns the names of those that are not allowed."""
-    if os.geteuid() != 0:
-        probe = os.fork()
-        if probe == 0:
-            os._exit(0 if _enter_as_user() else 1)
-        if os.waitpid(probe, 0)[1] == 0 and _enter_as_user():
-            return []
-    return [name for name, flag in _NEW.items() if _libc.unshare(flag) != 0 and name != "ipc"]
+    """Enters new namespaces, all or none; returns the names of the protections that are then lacking."""
+    # A failure could leave some of them entered, so a child tries first.
+    probe = os.fork()
+    if probe == 0:
+        os._exit(0 if _enter() else 1)
+    if os.waitpid(probe, 0)[1] == 0 and _enter():
+        return []
+    return [PROCESSES, NETWORK, FILES]
 
 
-def _enter_as_user() -> bool:
-    """Enters all namespaces through a user namespace; returns whether it did. On failure, some may be entered."""
+def _enter() -> bool:
     user, group = os.geteuid(), os.getegid()
-    if _libc.unshare(functools.reduce(operator.or_, _NEW.values(), _NEW_USER)) != 0:
+    if user == 0:
+        return _libc.unshare(_NEW_NAMESPACES) == 0
+    if _libc.unshare(_NEW_NAMESPACES | _NEW_USER) != 0:
         return False
     maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
     try:
@@ -143,9 +142,10 @@ def _mount(folder: str, size: int, files: int) -> bool:
         words = [os.fsencode(word) if word is not None else None for word in (source, target, kind)]
         return _libc.mount(*words, ctypes.c_ulong(flags), data.encode() if data is not None else None) == 0
 
-    small = f"size={size},nr_inodes={files},mode=755"
+    small, read_only = f"size={size},nr_inodes={files},mode=755", (ctypes.c_uint64 * 4)(_READ_ONLY)
     if not (
         mount("none", "/", None, _RECURSIVE | _PRIVATE)
+        and _libc.syscall(_MOUNT_SETATTR, _CURRENT_FOLDER, b"/", _WHOLE_TREE, read_only, ctypes.c_size_t(32)) == 0
         and mount("none", folder, "tmpfs", _NO_SUID | _NO_DEVICES, small)
     ):
         return False
@@ -156,13 +156,9 @@ def _mount(folder: str, size: int, files: int) -> bool:
             os.mkdir(readable)
             if mount(place, readable, None, _BIND):
                 _move_imports(place, readable)
-    if not mount("proc", "/proc", "proc", _NO_SUID | _NO_DEVICES | _NO_EXEC):
+    if not mount("proc", "/proc", "proc", _READ_ONLY | _NO_SUID | _NO_DEVICES | _NO_EXEC):
         mount("none", "/proc", "tmpfs", _READ_ONLY)
-    all_done = True
-    for place, flags in _mounts():
-        if place != folder:
-            all_done &= mount("none", place, None, _REMOUNT | _BIND | _READ_ONLY | flags)
-    return all_done
+    return True
 
 
 def _move_imports(old: str, new: str) -> None:
@@ -174,18 +170,6 @@ def _move_imports(old: str, new: str) -> None:
             module.__path__ = [
                 new + folder.removeprefix(old) if f"{folder}/".startswith(f"{old}/") else folder for folder in folders
             ]
-
-
-def _mounts() -> list[tuple[str, int]]:
-    """All mount points, with the flags to keep."""
-    found = []
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            place, options = line.split()[4:6]
-            for code, letter in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-                place = place.replace(code, letter)
-            found.append((place, functools.reduce(operator.or_, [_FLAGS.get(o, 0) for o in options.split(",")])))
-    return found
 
 
 def _users() -> tuple[int, int]:
@@ -225,24 +209,15 @@ def _end_children() -> None:
     """Kills and reaps every descendant process; orphans are reparented to this one."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            for name in os.listdir("/proc"):
-                if name.isdecimal() and _parent(name) == os.getpid():
-                    os.kill(int(name), signal.SIGKILL)
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+            for child in file.read().split():
+                os.kill(int(child), signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
             return
         time.sleep(0.001)
-
-
-def _parent(process: str) -> int | None:
-    try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def _text(descriptor: int) -> str:
