@@ -23,6 +23,10 @@ SEEN_BY_ALL = -1
 SCORE_BYTES = 1 << 28
 """Bytes of scores per device that are held at once."""
 
+_FEW_SCORE_BYTES = 1 << 25
+"""Up to so many scores over a cache XLA's attention is faster: on an H200, 5.5 ms against 6.2 for a prompt's last 128
+tokens over 4,096 in 24 layers, but 21 ms against 15 for eight such prompts."""
+
 
 def choose(wanted: str | None, dtype: DTypeLike, head_dim: int, length: int) -> str:
     """The name of the implementation that runs, for queries of this type and width and rows of `length` tokens.
@@ -95,10 +99,11 @@ def cached_attention(
 ) -> Float[Array, "b q n h"]:
     """Queries at `positions` of cached keys attend to those up to their own, within the nearest `window`.
 
-    By cuDNN if it can run and the implementation is not "chunked". Values must be finite.
+    By cuDNN if it can run, pays and the implementation is not "chunked". Values must be finite.
     """
     lengths = query.shape[1], keys.shape[1]
-    if implementation == "chunked" or any(why_not("cudnn", query.dtype, query.shape[3], n) for n in lengths):
+    cannot = any(why_not("cudnn", query.dtype, query.shape[3], length) for length in lengths)
+    if cannot or implementation == "chunked" or _score_bytes(query, keys) <= _FEW_SCORE_BYTES:
         return attention(query, keys, values, positions=positions, window=window)
     seen = _seen(positions, keys.shape[1], None, window)
     return jax.nn.dot_product_attention(query, keys, values, mask=seen, implementation="cudnn")
@@ -120,11 +125,10 @@ def attention(
     that many of the nearest. Values must be finite, even those that no query sees. A device holds at most
     max_score_bytes of scores at once: chunks are recomputed in the backward pass.
     """
-    batch, length, heads, _ = query.shape
+    batch, length, *_ = query.shape
     # Unsigned and narrow types would wrap in the distances to keys.
     positions = jnp.broadcast_to(positions.astype(jnp.int32), (batch, length))
-    wide = accumulator(query.dtype).itemsize
-    score_bytes = batch * length * heads * keys.shape[1] * wide
+    score_bytes = _score_bytes(query, keys)
     at_once = max_score_bytes * max(1, jax.sharding.get_abstract_mesh().size)
     # Symbolic sizes (`jax.export`) are unknown, so all queries are one chunk.
     count = 1 if jax.export.is_symbolic_dim(score_bytes) else max(1, min(length, -(-score_bytes // at_once)))
@@ -133,6 +137,12 @@ def attention(
         return _attend(query, keys, values, _seen(positions, keys.shape[1], segments, window))
 
     return by_chunks(one_chunk if count == 1 else jax.checkpoint(one_chunk), count, query, positions)
+
+
+def _score_bytes(query: Array, keys: Array) -> int:
+    """Bytes of the scores of all queries and keys: symbolic if their sizes are."""
+    batch, length, heads, _ = query.shape
+    return batch * length * heads * keys.shape[1] * accumulator(query.dtype).itemsize
 
 
 def _seen(

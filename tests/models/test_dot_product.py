@@ -104,7 +104,12 @@ def test_cached_attention_is_that_of_the_last_tokens(window, monkeypatch):
     expected = by_hand(*map(np.asarray, (query, keys, values)), None, window)[:, 6:]
     asked = answer_by_xla(monkeypatch)
     monkeypatch.setattr(dot_product, "why_not", lambda name, dtype, head_dim, length: None)
-    for implementation, name in ((None, "cudnn"), ("cudnn", "cudnn"), ("chunked", "xla")):
+    scores = BATCH * HEADS * 4 * LENGTH * 4
+    for implementation, few, name in (
+        *((None, scores - 1, "cudnn"), ("cudnn", scores - 1, "cudnn")),
+        *((None, scores, "xla"), ("chunked", scores - 1, "xla")),
+    ):
+        monkeypatch.setattr(dot_product, "_FEW_SCORE_BYTES", few)
         got = dot_product.cached_attention(
             query[:, 6:], keys, values, positions=positions, window=window, implementation=implementation
         )
@@ -112,6 +117,7 @@ def test_cached_attention_is_that_of_the_last_tokens(window, monkeypatch):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
     monkeypatch.setattr(dot_product, "why_not", lambda name, dtype, head_dim, length: "odd" if length % 2 else None)
     options = {"positions": positions, "window": window, "implementation": None}
+    monkeypatch.setattr(dot_product, "_FEW_SCORE_BYTES", 0)
     dot_product.cached_attention(query[:, 6:], keys[:, :9], values[:, :9], **options)
     assert asked == ["xla"]
 
@@ -172,12 +178,13 @@ def test_cudnn_gives_what_chunks_give(window, documents):
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 100])
-def test_cudnn_gives_what_chunks_give_over_a_cache(window):
+def test_cudnn_gives_what_chunks_give_over_a_cache(window, monkeypatch):
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (3, 128, 4, 64), jnp.bfloat16)
     cache = [jax.random.normal(key, (3, 512, 2, 64), jnp.bfloat16) for key in keys[1:]]
     # The last row's tokens pass the end of the cache, as padding does.
     positions = jnp.asarray([[0], [200], [450]]) + jnp.arange(128)[None]
+    monkeypatch.setattr(dot_product, "_FEW_SCORE_BYTES", 0)
     run = lambda name: dot_product.cached_attention(
         query, *cache, positions=positions, window=window, implementation=name
     )
