@@ -15,10 +15,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join(shown(self.problems)))
 
 
-def shown(problems: Sequence[str]) -> list[str]:
+def shown(problems: Sequence[str], most: int = MOST_SHOWN) -> list[str]:
     """The first problems, and how many more there are."""
-    more = len(problems) - MOST_SHOWN
-    return [*problems[:MOST_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
+    more = len(problems) - most
+    return [*problems[:most], *([f"and {more:,} more"] if more > 0 else [])]
 
 
 class _ShortError(Exception):

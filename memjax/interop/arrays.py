@@ -6,13 +6,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, shown
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Supported types, by their names in safetensors files."""
-
-_SHOWN = 8
-"""Most problems that a message lists."""
 
 
 def own(array: np.ndarray, dtype: Any) -> jax.Array:
@@ -42,5 +39,4 @@ def compare_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any], head: st
         if name in found and tuple(found[name].shape) != tuple(shape)
     ]
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if problems[_SHOWN:] else []
-        raise CheckpointError("\n  ".join([head, *problems[:_SHOWN], *more]))
+        raise CheckpointError("\n  ".join([head, *shown(problems, 8)]))

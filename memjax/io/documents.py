@@ -5,10 +5,10 @@ from typing import Any, TypeVar
 
 import pydantic
 
+from memjax.errors import shown
+
 T = TypeVar("T")
 
-_SHOWN = 5
-"""Maximum number of problems that a message lists."""
 _MOST_CHARACTERS = 300
 
 
@@ -36,6 +36,5 @@ def line_of(error: BaseException) -> str:
 def listed(error: pydantic.ValidationError) -> str:
     """The first problems of a document as one line, each with its place."""
     problems = error.errors(include_input=False, include_url=False)
-    lines = [f"{'.'.join(map(str, one['loc']))[:200] or 'it'}: {one['msg'][:200]}" for one in problems[:_SHOWN]]
-    more = [f"and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
-    return "; ".join([*lines, *more])
+    lines = [f"{'.'.join(map(str, one['loc']))[:200] or 'it'}: {one['msg'][:200]}" for one in problems]
+    return "; ".join(shown(lines, 5))

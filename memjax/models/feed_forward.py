@@ -47,7 +47,7 @@ def fused_linear(x: Float[Array, "*b inputs"], *layers: nnx.Linear) -> list[Floa
     if len(biases) not in (0, len(layers)):
         raise ValueError(f"{len(biases)} of {len(layers)} layers have a bias: all of them must, or none")
     widths = [layer.out_features for layer in layers]
-    count = min(tensor_pieces(layer.kernel, 1) for layer in layers)
+    count = min(tensor_pieces(layer.kernel) for layer in layers)
     kernel = _join([layer.kernel[...] for layer in layers], count)
     bias = _join(biases, count) if biases else None
     x, kernel, bias = dtypes.promote_dtype((x, kernel, bias), dtype=layers[0].dtype)
@@ -89,7 +89,7 @@ class FeedForward(nnx.Module):
         self.down = linear(hidden_dim, dim, axes=("ffn", "embed"), **kwargs)
 
     def __call__(self, x: Float[Array, "*b dim"]) -> Float[Array, "*b dim"]:
-        if tensor_pieces(self.gate.kernel, 1) == 1:
+        if tensor_pieces(self.gate.kernel) == 1:
             gate, up = self.gate(x), self.up(x)
         else:
             # The input's gradient is summed over devices; that of one product is half as much traffic as those of two.

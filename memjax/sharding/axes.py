@@ -56,12 +56,12 @@ def on_own_tokens(function: Callable, tokens: Sequence[Array], weights: Sequence
     return over_mesh(function, specs, rules.TOKENS, **settings)(*tokens, *weights)
 
 
-def tensor_pieces(parameter: nnx.Variable, axis: int) -> int:
-    """Number of equal shards of a parameter's axis over `tensor`."""
+def tensor_pieces(matrix: nnx.Variable) -> int:
+    """Number of equal shards of a matrix's columns over `tensor`."""
     if not has_several_devices() or _is_explicit():
         return 1
     sizes = _automatic_sizes()
-    entry = rules.parameter_spec(parameter.shape, rules.names_of(parameter), sizes)[axis : axis + 1]
+    entry = rules.parameter_spec(matrix.shape, rules.names_of(matrix), sizes)[1:]
     return sizes[rules.TENSOR] if rules.TENSOR in jax.tree.leaves(entry) else 1
 
 

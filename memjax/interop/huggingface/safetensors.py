@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, shown
 from memjax.interop.folders import file_in, read_json, write_json
 from memjax.io.documents import line_of
 from memjax.io.files import default_mode
@@ -191,6 +191,4 @@ def _compare(index: pathlib.Path, promised: dict[str, str], found: dict[str, str
         if promised[name] != found[name]
     ]
     if wrong:
-        raise CheckpointError(
-            f"{index}: {'; '.join(wrong[:3])}" + (f"; and {len(wrong) - 3} more" if wrong[3:] else "")
-        )
+        raise CheckpointError(f"{index}: {'; '.join(shown(wrong, 3))}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.checkpoint.names import flatten
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, shown
 from memjax.interop.arrays import DTYPES, common_type, compare_shapes, own
 
 Arrays = Mapping[str, Any]
@@ -106,9 +106,7 @@ def refuse_experts(arrays: Arrays, place: str) -> None:
 def shape_of(arrays: Arrays, name: str, place: str) -> tuple[int, int]:
     """The shape of a matrix; CheckpointError if it is missing, or not a matrix."""
     if name not in arrays:
-        there = sorted(arrays)
-        more = f" and {len(there) - 6} more" if there[6:] else ""
-        raise CheckpointError(f"{place}: {name} is missing; there are {', '.join(there[:6])}{more}")
+        raise CheckpointError(f"{place}: {name} is missing; there are {', '.join(shown(sorted(arrays), 6))}")
     shape = tuple(arrays[name].shape)
     if len(shape) != 2:
         raise CheckpointError(f"{place}: {name} has the shape {list(shape)}, must be a matrix")
