@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.inference.bodies import RefusedError, shown
@@ -61,16 +60,7 @@ def make_choices(
             )
         # Without a seed, each prompt gets a random one; with one, each prompt gets the result it would get alone.
         seed = request.seed if request.seed is not None else secrets.randbits(32)
-        sampling = SamplingConfig(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            repetition_penalty=request.repetition_penalty,
-            frequency_penalty=request.frequency_penalty,
-            presence_penalty=request.presence_penalty,
-            seed=seed,
-        )
+        sampling = dataclasses.replace(request.sampling, seed=seed)
         for copy in range(request.n):
             engine_request = Request(
                 prompt_ids=ids,

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from memjax.config.sampling import SamplingConfig
 from memjax.inference.bodies import Fields, shown
 from memjax.inference.requests import MOST_BIAS
 from memjax.inference.sampling import MOST_BIASES
@@ -50,15 +51,10 @@ class CompletionRequest:
     prompts: tuple[Prompt, ...]
     model: str | None
     max_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int | None
-    min_p: float
-    repetition_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    logit_bias: Mapping[int, float]
+    sampling: SamplingConfig
+    """Without the seed."""
     seed: int | None
+    logit_bias: Mapping[int, float]
     n: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -86,21 +82,13 @@ def parse_request(body: Mapping[str, Any], *, vocab_size: int, max_choices: int)
     stream = fields.flag("stream")
     include_usage = _include_usage(fields, stream)
     most_logprobs = min(_MOST_LOGPROBS, vocab_size)
-    top_k = fields.integer("top_k", -1, None, "a whole number above 0, or 0 or -1 for all tokens")
     found = CompletionRequest(
         prompts=prompts,
         model=fields.text("model"),
         max_tokens=fields.integer("max_tokens", 0, None, "a whole number that is not negative"),
-        # Logits divided by less would overflow; the likeliest token is certain long before that.
-        temperature=value if (value := fields.number("temperature", 0.0, 2.0, "a number in 0..2")) >= 1e-4 else 0.0,
-        top_p=max(1e-6, fields.number("top_p", 0.0, 1.0, "a number above 0 and at most 1", above=True)),
-        top_k=min(top_k, 1 << 31) if top_k and top_k > 0 else None,
-        min_p=fields.number("min_p", 0.0, 1.0, "a number in 0..1; 0 keeps all tokens"),
-        repetition_penalty=fields.number("repetition_penalty", 0.01, 100.0, "a number in 0.01..100; 1 changes nothing"),
-        frequency_penalty=fields.number("frequency_penalty", -2.0, 2.0, "a number in -2..2; 0 changes nothing"),
-        presence_penalty=fields.number("presence_penalty", -2.0, 2.0, "a number in -2..2; 0 changes nothing"),
-        logit_bias=_logit_bias(fields, vocab_size),
+        sampling=_sampling(fields),
         seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1, "a whole number of 64 bits"),
+        logit_bias=_logit_bias(fields, vocab_size),
         n=n,
         stop=_stops(fields),
         stop_token_ids=_stop_token_ids(fields, vocab_size),
@@ -146,6 +134,21 @@ def parse_detokenize(body: Mapping[str, Any], *, vocab_size: int) -> list[int]:
         fields.wrong("tokens", f"a list of whole numbers in 0..{vocab_size - 1}")
     fields.finish()
     return ids
+
+
+def _sampling(fields: Fields) -> SamplingConfig:
+    temperature = fields.number("temperature", 0.0, 2.0, "a number in 0..2")
+    top_k = fields.integer("top_k", -1, None, "a whole number above 0, or 0 or -1 for all tokens")
+    return SamplingConfig(
+        # Logits divided by less would overflow; the likeliest token is certain long before that.
+        temperature=temperature if temperature >= 1e-4 else 0.0,
+        top_p=max(1e-6, fields.number("top_p", 0.0, 1.0, "a number above 0 and at most 1", above=True)),
+        top_k=min(top_k, 1 << 31) if top_k and top_k > 0 else None,
+        min_p=fields.number("min_p", 0.0, 1.0, "a number in 0..1; 0 keeps all tokens"),
+        repetition_penalty=fields.number("repetition_penalty", 0.01, 100.0, "a number in 0.01..100; 1 changes nothing"),
+        frequency_penalty=fields.number("frequency_penalty", -2.0, 2.0, "a number in -2..2; 0 changes nothing"),
+        presence_penalty=fields.number("presence_penalty", -2.0, 2.0, "a number in -2..2; 0 changes nothing"),
+    )
 
 
 def _include_usage(fields: Fields, stream: bool) -> bool:
