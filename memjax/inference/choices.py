@@ -12,7 +12,7 @@ from memjax.inference.bodies import RefusedError, shown
 from memjax.inference.completions import CompletionRequest, Prompt
 from memjax.inference.requests import Request, TokenLogprobs
 from memjax.inference.scheduler import Ticket, Update
-from memjax.inference.text import StopStrings
+from memjax.inference.text import GeneratedText
 
 _DEFAULT_TOKENS = 16
 
@@ -42,9 +42,8 @@ def make_choices(
     Raises:
         RefusedError: a prompt leaves no room for max_tokens.
     """
-    stop_names = [name for name in request.stop if name in tokenizer.special_tokens]
-    stop_ids = {*request.stop_token_ids, *(tokenizer.special_tokens[name] for name in stop_names)}
-    stop_ids |= set() if request.ignore_eos else set(tokenizer.end_ids)
+    stop_ids = {*request.stop_token_ids, *(() if request.ignore_eos else tokenizer.end_ids)}
+    stop_ids |= {tokenizer.special_tokens[name] for name in request.stop if name in tokenizer.special_tokens}
     choices = []
     for number, (ids, num_added) in enumerate(prompts):
         room = max_length - len(ids)
@@ -103,18 +102,15 @@ class Choice:
         prompt: Prompt,
     ):
         self.ticket, self.index = ticket, index
-        self.num_tokens = 0
-        """Tokens generated, those of a stop string included."""
+        self.generated = GeneratedText(tokenizer, ticket.request.prompt_ids, request.stop)
         self.num_reused = 0
         """Prompt tokens that were reused from the cache."""
         self.is_done = False
         self._tokenizer, self._num_top, self._echo = tokenizer, request.logprobs, request.echo
         self._num_added, self._prompt = num_added, prompt
         self._names = {token: name for name, token in tokenizer.special_tokens.items()}
-        self._decoder = StreamingDecoder(tokenizer, after=ticket.request.prompt_ids)
-        self._stops = StopStrings(request.stop)
-        self._decoded, self._given = 0, 0
-        """Characters decoded so far, and characters passed on so far."""
+        self._echoed, self._given = 0, 0
+        """Characters of the prompt that precede the text, and characters passed on so far."""
         self._held: list[tuple[int, int, TokenLogprobs | None]] = []
         """Tokens not yet passed on: offset in the text, token, log-probabilities."""
         self._begun = False
@@ -127,21 +123,17 @@ class Choice:
         self.num_reused += update.made.num_reused
         likely = iter(update.made.logprobs)
         for token in update.made.tokens:
-            if self._stops.found is not None:
+            if self.generated.is_stopped:
                 break
-            self.num_tokens += 1
-            self._held.append((self._decoded, token, next(likely, None)))
-            piece = self._decoder.push(token)
-            self._decoded += len(piece)
-            text += self._stops.push(piece)
-        if update.made.stop is not None and self._stops.found is None:
+            self._held.append((self._echoed + self.generated.num_decoded, token, next(likely, None)))
+            text += self.generated.push(token)
+        if update.made.stop is not None and not self.generated.is_stopped:
             # A stop token is not part of the text, but clients rely on one entry per generated token.
-            self._held.append((self._decoded, *update.made.stop))
-        finish = "stop" if self._stops.found is not None else update.made.finish
+            self._held.append((self._echoed + self.generated.num_decoded, *update.made.stop))
+        finish = "stop" if self.generated.is_stopped else update.made.finish
         if finish is not None and not self.is_done:
-            if self._stops.found is None:
-                text += self._stops.push(self._decoder.finish()) + self._stops.finish()
-                finish = "stop" if self._stops.found is not None else finish
+            text += self.generated.finish()
+            finish = "stop" if self.generated.is_stopped else finish
             self.is_done = True
         self._given += len(text)
         return Piece(text, self._logprobs(), finish)
@@ -153,9 +145,9 @@ class Choice:
         decoder = StreamingDecoder(self._tokenizer, after=ids[: self._num_added])
         text = self._prompt if isinstance(self._prompt, str) else ""
         for place in range(self._num_added, len(ids)):
-            start = self._decoded
+            start = self._echoed
             piece = decoder.push(ids[place])
-            self._decoded += len(piece)
+            self._echoed += len(piece)
             if not isinstance(self._prompt, str):
                 text += piece
             if scores is not None:
@@ -164,7 +156,7 @@ class Choice:
         if not isinstance(self._prompt, str):
             text += decoder.finish()
         # Decoding a prompt's tokens may not give back all its characters.
-        self._decoded = len(text)
+        self._echoed = len(text)
         return text
 
     def _logprobs(self) -> dict[str, list[Any]] | None:
@@ -172,8 +164,8 @@ class Choice:
         if self._num_top is None:
             self._held = []
             return None
-        is_cut = self._stops.found is not None
-        is_given = lambda start: start < self._given or (self.is_done and not is_cut)
+        is_whole = self.is_done and not self.generated.is_stopped
+        is_given = lambda start: is_whole or start < self._given
         given = [one for one in self._held if is_given(one[0])]
         self._held = [one for one in self._held if not is_given(one[0])]
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

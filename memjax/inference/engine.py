@@ -157,6 +157,7 @@ class Engine:
         joining = [self.prompts.joining(*pair) for pair in zip(requests, slots, strict=True)]
         whole, begun = ([one for one in joining if (one.start > 0) is is_begun] for is_begun in (False, True))
         rows = prefill_rows or self._prefill_rows
+        # If the two kinds divide a group, one prompt is not padded to a whole group.
         for left in whole, begun:
             while left:
                 some = self._read_together(left)

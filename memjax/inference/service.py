@@ -209,6 +209,6 @@ class Answer:
         """Token counts: each prompt once, regardless of `n`, and all choices."""
         firsts = self.choices[:: self.request.n]
         prompt = sum(len(one.ticket.request.prompt_ids) for one in firsts)
-        made = sum(choice.num_tokens for choice in self.choices)
+        made = sum(choice.generated.num_tokens for choice in self.choices)
         usage = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
         return {**usage, "prompt_tokens_details": {"cached_tokens": sum(one.num_reused for one in firsts)}}

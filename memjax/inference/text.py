@@ -53,7 +53,7 @@ def stream_text(
         number: index of the prompt; together with the seed it determines the random draws.
     """
     prompt_ids, stop = _prompt_ids(tokenizer, prompt, special_tokens), checks.several(stop)
-    text = _Text(tokenizer, prompt_ids, stop)
+    text = GeneratedText(tokenizer, prompt_ids, stop)
     stop_ids = _stop_ids(tokenizer, stop)
     for token in generate(
         model, prompt_ids, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids, number=number
@@ -101,7 +101,7 @@ def continue_texts(
     # With more prompts than slots, half a batch is prefilled at a time, as soon as that many slots are free.
     at_once = num_slots if num_slots == len(prompts) else max(1, num_slots // 2)
     engine, pace = Engine(model, num_slots=num_slots, prefill_rows=at_once), Pace()
-    running: dict[int, tuple[int, _Text]] = {}
+    running: dict[int, tuple[int, GeneratedText]] = {}
     """By slot: index of the prompt, and its text."""
     ended: dict[int, Continuation] = {}
     next_read = next_told = 0
@@ -119,7 +119,7 @@ def continue_texts(
                 for number, one in enumerate(ids, next_read)
             ]
             for slot, request in zip(engine.insert(requests), requests, strict=True):
-                running[slot] = request.number, _Text(tokenizer, request.prompt_ids, stop)
+                running[slot] = request.number, GeneratedText(tokenizer, request.prompt_ids, stop)
             next_read += len(ids)
         # The time of a prefill says nothing about that of decoding, so the pace ignores it.
         for slot, made in (pace.step(engine) if next_read == first_new else engine.step(0)).items():
@@ -147,12 +147,16 @@ def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
     return {*tokenizer.end_ids, *(tokenizer.special_tokens[name] for name in stop if name in tokenizer.special_tokens)}
 
 
-class _Text:
+class GeneratedText:
     """A running continuation: decodes its tokens and applies stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
         self.text = ""
+        """The text passed on so far."""
         self.num_tokens = 0
+        """Tokens generated, those of a stop string included."""
+        self.num_decoded = 0
+        """Characters decoded so far, those held back or cut off included."""
         self._decoder = StreamingDecoder(tokenizer, after=prompt_ids)
         self._stops = StopStrings(stop)
 
@@ -165,10 +169,12 @@ class _Text:
         if self.is_stopped:
             return ""
         self.num_tokens += 1
-        return self._add(self._stops.push(self._decoder.push(token)))
+        piece = self._decoder.push(token)
+        self.num_decoded += len(piece)
+        return self._add(self._stops.push(piece))
 
     def finish(self) -> str:
-        """The text held back so far."""
+        """The text held back so far; nothing after a stop string."""
         return self._add(self._stops.push(self._decoder.finish()) + self._stops.finish())
 
     def ended(self, max_tokens: int) -> Continuation:
