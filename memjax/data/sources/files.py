@@ -64,7 +64,8 @@ class DataFile:
 def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str) -> list[DataFile]:
     """The files of a path in sorted order.
 
-    A folder stands for all files below it with a suffix that the source reads, a glob for all files that it matches.
+    A folder stands for all files below it with a suffix that the source reads, a glob for all files that it matches;
+    neither for hidden ones, such as the copies in .ipynb_checkpoints.
     Parquet, Arrow and ArrayRecord files are recognised by suffix; the format of other files is `source`, or given by
     the suffix if that is `files`. Error messages name the setting `field`.
 
@@ -83,13 +84,19 @@ def find_files(path: str, source: Literal["jsonl", "text", "files"], field: str)
             raise DataError(
                 f"{path}: the folder holds the splits of a data set; set {field} to one of them, as {path}/train"
             )
-        below = sorted(file for file in place.rglob("*") if file.is_file() and suffix_format(file) in kinds)
+        visible = [
+            file for file in place.rglob("*") if not any(name.startswith(".") for name in file.relative_to(place).parts)
+        ]
+        below = sorted(file for file in visible if file.is_file() and suffix_format(file) in kinds)
         if any(suffix_format(file) == "arrow" for file in below):  # datasets' save_to_disk adds two other files
             below = [file for file in below if file.name not in ("dataset_info.json", "state.json")]
         if not below:
+            # Only the data of a run has such a setting.
+            known = field.startswith("data.") and any(suffix_format(file) for file in visible)
+            other = "; source=files reads those that it holds" if known else ""
             raise DataError(
                 f"{path}: the folder holds no file that ends in {_suffixes(kinds)} (.gz, .xz, .zst or .bz2 may "
-                f"follow); set {field} to a file, a folder of files or a glob"
+                f"follow); set {field} to a file, a folder of files or a glob{other}"
             )
         return [_data_file(file, source, field) for file in below]
     if place.is_file():

@@ -36,8 +36,8 @@ def describe(config: RunConfig) -> Iterator[tuple[str, str]]:
         stream = CorpusStream(corpus)
         if next(stream.records(), None) is None:
             raise DataError(f"{corpus.path}: has no records; set {corpus.field} to files that do")
-        size = gigabytes(stream.total_bytes)
-        yield name, f"{corpus.path}: {len(stream.files):,} files, {size}"
+        files = len(stream.files)
+        yield name, f"{corpus.path}: {files:,} {'file' if files == 1 else 'files'}, {gigabytes(stream.total_bytes)}"
     if config.train.init_from and is_remote(config.train.init_from):
         yield "tokenizer", f"of {config.train.init_from}: {_NOT_READ}"
     elif config.train.init_from or config.data.tokenizer.kind != "bpe":

@@ -8,8 +8,19 @@ from memjax.errors import DataError
 
 @pytest.fixture
 def tree(tmp_path):
-    for name in ("b.jsonl", "a.jsonl.gz", "sub/c.jsonl", "sub/d.txt", "e.parquet", "README", ".cache/x.lock"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (
+        ".texts/f.txt",
+        "sub/.copies/c.jsonl",
+        "._b.jsonl",
+        "b.jsonl",
+        "a.jsonl.gz",
+        "sub/c.jsonl",
+        "sub/d.txt",
+        "e.parquet",
+        "README",
+        ".cache/x.lock",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     return tmp_path
 
@@ -38,7 +49,8 @@ def test_folders_and_globs_are_read_in_sorted_order(tree, path, source, names):
         ("none.jsonl", "files", "no such file; set data.path"),
         ("none*", "files", "the glob finds nothing; set data.path"),
         ("README", "files", r"the suffix does not say what the file is; name it \.jsonl, .*, or set the source"),
-        ("sub/../.cache", "files", r"holds no file that ends in \.jsonl, .*\.parquet"),
+        ("sub/../.cache", "files", r"holds no file that ends in \.jsonl, .*\.parquet.*a glob$"),
+        ("sub/../.texts", "jsonl", r"holds no file that ends in \.jsonl, .*; source=files reads those that it holds$"),
     ],
 )
 def test_what_cannot_be_found_is_refused(tree, path, source, message):
@@ -61,7 +73,7 @@ def test_a_folder_of_hugging_faces_datasets_is_its_arrow_files(tmp_path):
 
 def test_splits_of_a_data_set_are_not_read_together(tmp_path):
     for name in ("dataset_dict.json", "train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(DataError, match=r"holds the splits of a data set; set data.path to one of them, as .*/train"):
         find_files(str(tmp_path), "files", "data.path")

@@ -25,6 +25,7 @@ def test_data_is_counted_once_its_first_record_was_read(tmp_path):
     lines = told("--data.source=files", f"--data.path={tmp_path}/*.jsonl", f"--data.validation_path={held_out}")
     assert [line.split()[:2] for line in lines] == [["data,", "training"], ["data,", "validation"]]
     assert lines[0].endswith("2 files, 0.00 MB")
+    assert lines[1].endswith("held.txt: 1 file, 0.00 MB")
     assert told("--data.source=jsonl") == [
         "data                        data.path is null: source=jsonl needs a file; set --data.path FILE"
     ]
