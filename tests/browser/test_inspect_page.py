@@ -4,9 +4,6 @@ Not run by default, since not every machine has a browser. To run it: `pip insta
 path or `playwright install chromium`, then `python -m pytest tests/browser -m browser -n 0`.
 """
 
-import importlib
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,16 +32,6 @@ def values() -> dict[str, Any]:
     found = trace(model, tokenizer.prompt(tokenizer.encode(PROMPT)), tokenizer.encode(" Ada"))
     changed = {"shared": {int(found.layers["L0"].slots[-1, 0])}}
     return document(found, tokenizer, config, changed=changed, title=PROMPT)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = importlib.import_module("playwright.sync_api")
-    with playwright.sync_playwright() as engine:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        launched = engine.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -3,13 +3,9 @@
 Not run by default; test_inspect_page.py says what it needs besides the extra `docs`.
 """
 
-import importlib
 import pathlib
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -24,16 +20,6 @@ def site(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("site")
     subprocess.run([sys.executable, "-m", "sphinx", "-q", "-n", "-W", "docs", str(folder)], cwd=ROOT, check=True)
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = importlib.import_module("playwright.sync_api")
-    with playwright.sync_playwright() as engine:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        launched = engine.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.mark.parametrize("width", [1400, 390])

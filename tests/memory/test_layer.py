@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from drawn import filled
 from memjax.memory.keys import QueryKeyParam
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.table import TableRows, ValueTable
@@ -51,15 +52,6 @@ def by_hand(layer, rows, x, *, num_heads, top_k, qk_norm, score_scale):
             y = y * parameter(layer.scale)
         out[place] = y
     return out
-
-
-def filled(build):
-    """Builds a module with random numbers, since compiling its own initialisation takes seconds."""
-    graphdef, state = nnx.split(nnx.eval_shape(build))
-    rng = np.random.default_rng(0)
-    return nnx.merge(
-        graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype), state)
-    )
 
 
 def build(dtype=jnp.float32, **options):

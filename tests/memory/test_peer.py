@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from drawn import filled
 from memjax.config.memory import PEERConfig
 from memjax.memory.peer import PEERLayer
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
@@ -60,15 +61,6 @@ def by_hand(p, x, factors, score_scale):
         d.kernel[:, columns] += np.outer(x[t], d_query)
         d.x[t] += p.kernel[:, columns] @ d_query
     return y, d
-
-
-def filled(build):
-    """Builds a module with random numbers, since compiling its own initialisation takes seconds."""
-    graphdef, state = nnx.split(nnx.eval_shape(build))
-    rng = np.random.default_rng(0)
-    return nnx.merge(
-        graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype), state)
-    )
 
 
 class Experts(nnx.Module):

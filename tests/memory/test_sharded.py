@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from drawn import filled
 from memjax.memory import sharded
 from memjax.memory.keys import search
 from memjax.memory.layer import MemoryLayer
@@ -276,15 +277,9 @@ class Model(nnx.Module):
 
 def train(place):
     """Outputs and losses of a few steps with a foreign optimizer; `place` shards the batch."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jnp.asarray(rng.normal(size=leaf.shape) / 4, leaf.dtype)
-
-    model = nnx.merge(graphdef, jax.tree.map(draw, state))
+    model = filled(lambda: Model(nnx.Rngs(0)), std=0.25)
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-    x = place(jnp.asarray(rng.normal(size=(8, 2, 12)), jnp.float32))
+    x = place(jnp.asarray(np.random.default_rng(1).normal(size=(8, 2, 12)), jnp.float32))
 
     @nnx.jit
     def step(model, optimizer):

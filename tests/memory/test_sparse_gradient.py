@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from drawn import filled
 from memjax.memory.layer import MemoryLayer
 from memjax.memory.sparse_gradient import row_sparse_value_and_grad
 from memjax.memory.table import ValueTable
@@ -23,10 +24,8 @@ class Model(nnx.Module):
 
 def build():
     """The layers, their table and an input."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), state))
-    return model.layers, model.table, jnp.asarray(rng.normal(size=(2, TOKENS // 2, DIM)))
+    model = filled(lambda: Model(nnx.Rngs(0)), std=1.0)
+    return model.layers, model.table, jnp.asarray(np.random.default_rng(1).normal(size=(2, TOKENS // 2, DIM)))
 
 
 def test_row_gradients_of_layers_that_share_a_table_add_up_to_the_dense_gradient():

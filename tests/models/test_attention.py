@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from drawn import filled
 from memjax.config.model import ModelConfig
 from memjax.models.attention import Attention, KeyValues, write
 
@@ -59,9 +60,7 @@ def by_hand(layer, x, positions, segments, window=LENGTH):
 @cache
 def build(num_kv_heads, dtype="float32", **more):
     config = ModelConfig(dim=DIM, num_heads=HEADS, num_kv_heads=num_kv_heads, rope_theta=THETA, **more)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Attention(config, param_dtype=dtype, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(1)
-    layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, dtype), state))
+    layer = filled(lambda: Attention(config, param_dtype=dtype, rngs=nnx.Rngs(0)), seed=1)
     return layer, np.random.default_rng(0).normal(size=(2, LENGTH, DIM)).astype(dtype)
 
 
