@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.stages import Lowered
 
 from memjax.inference import programs
@@ -18,7 +17,7 @@ from memjax.inference.sampling import Mode
 from memjax.inference.scheduler import prefill_rows
 from memjax.inference.scoring import PromptScorer
 from memjax.models.decoder import Decoder
-from memjax.sharding.rules import TOKENS
+from memjax.sharding.axes import split_tokens
 
 _USUAL = Mode(), Mode(draws=True, top_k=True, top_p=True, min_p=True)
 _MODES = *_USUAL, Mode(*[True] * len(Mode._fields))
@@ -58,7 +57,8 @@ class ServingEngine(Engine):
         # Results of committed arrays are committed, and a call with arguments committed otherwise would recompile.
         sharding = next((array.sharding for array in self._weights if array.committed), None)
         if self._devices > 1:
-            sharding = NamedSharding(jax.sharding.get_mesh(), TOKENS)
+            # As the compiler writes it, for example without axes of size 1.
+            sharding = jax.jit(split_tokens)(np.zeros(self._devices)).sharding
         shape = lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding)
         shapes = lambda lowered: jax.tree.map(shape, lowered.out_info)
         capacity, state, fresh, inserted = self._min_capacity, None, {}, set()

@@ -1,5 +1,6 @@
 """A server's engine compiles its programs before requests arrive."""
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -124,7 +125,11 @@ def test_a_server_ends_after_the_program_that_is_compiled_and_survives_one_that_
     assert "compiling ahead failed (integer division or modulo by zero)" in caplog.text
 
 
-def test_under_a_mesh_a_warm_engine_compiles_nothing_either(compiled, mesh):
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4)])
+def test_under_a_mesh_a_warm_engine_compiles_nothing_either(compiled, shape):
+    automatic = jax.sharding.AxisType.Auto
+    devices = jax.devices()[: math.prod(shape)]
+    mesh = jax.make_mesh(shape, ("data", "memory"), axis_types=(automatic, automatic), devices=devices)
     with jax.set_mesh(mesh):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         model = jax.device_put(constant(0.4, vocab_size=16), whole)
