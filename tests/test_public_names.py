@@ -47,6 +47,8 @@ def test_an_old_name_raises_with_the_new_one():
 
 
 NOT_PATHS = """
+import sys
+
 import memjax
 from memjax.checkpoint import Checkpoints
 from memjax.data.tokenizers.base import ByteTokenizer
@@ -68,6 +70,7 @@ FUNCTIONS = [
     Checkpoints,
     lambda path: from_hf(path, "out"),
     lambda path: from_hf("model", path),
+    lambda path: from_hf(sys.argv[1], "out", tokenizer=path),
     lambda path: to_hf(path, "out"),
     lambda path: to_hf("run", path),
     lambda path: to_hf("run", "out", like=path),
@@ -93,10 +96,10 @@ for number, function in enumerate(FUNCTIONS):
 def test_whatever_is_no_path_is_refused_by_every_function_that_takes_one(tmp_path):
     # In a process of its own: here, the types of all arguments are checked before a function sees them.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", NOT_PATHS]
+    command = [sys.executable, "-c", NOT_PATHS, str(ROOT / "tests/fixtures/llama/llama2")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 21 * 7
+    assert len(lines) == 22 * 7
     told = r"\w+=.* must be (the path of a file|a path on this machine)"
     refused = re.compile(rf"\d+ .+ (Config|Data|Checkpoint)Error \| (command line: )?{told}")
     for line in lines:

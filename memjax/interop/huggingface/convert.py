@@ -60,7 +60,9 @@ _TOLERANCE = 1e-4
 """Largest allowed difference between the logits of a model before and after it was written."""
 
 
-def from_hf(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, tokenizer: str | None = None) -> RunConfig:
+def from_hf(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None
+) -> RunConfig:
     """Writes a run with the model of a Hugging Face folder; returns its config.
 
     Args:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from memjax.errors import ConfigError, DataError
 from memjax.interop.folders import file_in
 from memjax.interop.huggingface.tokenizer_files import JSON, MODEL, SETTINGS, ContradictionError, TokenizerFiles
 from memjax.io.console import warn
+from memjax.io.paths import local_path
 
 ADVICE = (
     "set --tokenizer to a tokenizer.json with a byte-level BPE or to a SentencePiece .model, or to byte, with which "
@@ -22,7 +24,7 @@ ADVICE = (
 
 
 def read_tokenizer(
-    folder: pathlib.Path, chosen: str | None, config: dict[str, Any]
+    folder: pathlib.Path, chosen: str | os.PathLike[str] | None, config: dict[str, Any]
 ) -> tuple[TokenizerConfig, Tokenizer]:
     """The tokenizer of a model (bytes, that of the chosen file, or the folder's own), and the settings that open it.
 
@@ -35,7 +37,7 @@ def read_tokenizer(
         settings = TokenizerConfig(kind="byte")
         return settings, open_tokenizer(settings)
     if chosen is not None:
-        return _open(pathlib.Path(chosen), TokenizerFiles(folder, config))
+        return _open(local_path(chosen, "tokenizer", ConfigError), TokenizerFiles(folder, config))
     problems = []
     # Llama 2 and early Mistrals have both, but only the second can be read.
     for name in (JSON, MODEL):

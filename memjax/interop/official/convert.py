@@ -102,7 +102,7 @@ def load_decoder(arrays: Arrays, settings: Mapping[str, Any], *, place: str = "t
 
 
 def from_official(
-    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, tokenizer: str | None = None
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None
 ) -> RunConfig:
     """Writes a run with the model of an official checkpoint; returns its config.
 
