@@ -17,13 +17,13 @@ import numpy as np
 from flax import nnx
 
 import memjax
-from memjax.memory.read import TableName
 from memjax.ops import dispatch
 from memjax.ops.row_gradient import RowGradient
 from memjax.ops.row_update.rules import RowRule, row_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing
+from layer_step import layer_step
 from timing import DISTRIBUTIONS, draw_indices, median_ms, median_ms_in_place
 
 COLUMNS = ("operation", "shape", "indices", "implementation", "ms", "F", "GB/s", "of copy")
@@ -199,28 +199,20 @@ def layer_ms(bench: Bench, num_keys: int, name: str) -> float:
         implementation=name,
         rngs=nnx.Rngs(0),
     )
-    graphdef, params = nnx.split(model)
     table = bench.table(slots, bench.dim)
     state = (table, rule.init(slots, bench.dim, table.dtype))
     del table
-
-    def loss_fn(params, perturbations, rows, x, target):
-        layer = nnx.merge(graphdef, params)
-        lookup = layer.lookup(x)
-        bag = memjax.embedding_bag(rows, *lookup, implementation=name) + perturbations["memory"][0]
-        read = memjax.TableRead(TableName("table"), *lookup, vectors=None)
-        return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": (read,)}, None)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, params, x, target):
-        perturbations = {"memory": (jnp.zeros((bench.tokens, bench.dim), jnp.bfloat16),)}
-        value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
-        table, moments = state
-        _, gradient, rows = value_and_grad(params, perturbations, table, x, target)
-        updated = memjax.row_update(table, moments, rows["table"], rule, row_step(1e-3, 0), implementation=name)
-        # Sums make sure that the whole gradient is computed, but write little.
-        return updated, jax.tree.map(jnp.sum, gradient)
-
+    params, step = layer_step(
+        model,
+        zeros=lambda _: jnp.zeros((bench.tokens, bench.dim), jnp.bfloat16),
+        bag=lambda rows, indices, weights, zeros: (
+            memjax.embedding_bag(rows, indices, weights, implementation=name) + zeros
+        ),
+        update=lambda table, moments, rows: memjax.row_update(
+            table, moments, rows, rule, row_step(1e-3, 0), implementation=name
+        ),
+    )
+    step = jax.jit(step, donate_argnums=0)
     normal = lambda seed: bench.normal(seed, (bench.tokens, bench.dim))
     inputs = [(params, normal(seed), normal(seed + 5)) for seed in range(3)]
     ms, _ = median_ms_in_place(lambda state, *rest: step(state, *rest)[0], state, inputs, **bench.rounds)

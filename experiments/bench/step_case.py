@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,7 +21,7 @@ import memjax
 from memjax.config.load import load
 from memjax.config.run import RunConfig
 from memjax.memory import sharded
-from memjax.memory.read import TableName, zero_perturbation
+from memjax.memory.read import zero_perturbation
 from memjax.memory.table import draw_rows
 from memjax.models import dot_product
 from memjax.models.counts import count_parameters, training_flops
@@ -38,6 +37,7 @@ from memjax.training.step import make_train_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import timing
+from layer_step import layer_step
 
 Row = dict[str, Any]
 
@@ -208,7 +208,12 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
     with jax.set_mesh(mesh):
         papers = {"qk_norm": False, "score_scale": 1.0, "value_dim": None, "gate": "silu", "output_gate": False}
         layer = memjax.MemoryLayer(dim, memory, **papers, placement="replace", dtype=dtype, rngs=nnx.Rngs(0))
-        graphdef, params = nnx.split(layer)
+        params, step = layer_step(
+            layer,
+            zeros=lambda table: zero_perturbation("bag", tokens, memory.picks, table),
+            bag=sharded.bag,
+            update=lambda table, moments, rows: sharded.update_rows(table, moments, rows, rule, row_step(1e-3, 0)),
+        )
 
         def start(key: jax.Array):
             table = draw_rows(key, memory.num_slots, dim, std=dim**-0.5, dtype=dtype)
@@ -217,22 +222,6 @@ def memory_layer(config: RunConfig, devices: list[Any], case: Row) -> Row:
         table_state = jax.jit(start, out_shardings=split(COLUMNS))(jax.random.key(0))
         draw = jax.jit(lambda key: jax.random.normal(key, (tokens, dim)).astype(dtype), out_shardings=split(TOKENS))
         x, target = draw(jax.random.key(1)), draw(jax.random.key(2))
-
-        def loss_fn(params, perturbations, rows, x, target):
-            layer = nnx.merge(graphdef, params)
-            lookup = layer.lookup(x)
-            bag = sharded.bag(rows, *lookup, perturbations["memory"][0])
-            read = memjax.TableRead(TableName("table"), *lookup, vectors=None)
-            return jnp.mean((layer.combine(x, bag) * target).astype(jnp.float32)), ({"memory": (read,)}, None)
-
-        def step(table_state, params, x, target):
-            table, moments = table_state
-            perturbations = {"memory": (zero_perturbation("bag", tokens, memory.picks, table),)}
-            value_and_grad = memjax.row_sparse_value_and_grad(loss_fn)
-            _, gradient, rows = value_and_grad(params, perturbations, table, x, target)
-            updated = sharded.update_rows(table, moments, rows["table"], rule, row_step(1e-3, 0))
-            # Sums make sure that the whole gradient is computed, but return little.
-            return updated, jax.tree.map(jnp.sum, gradient)
 
         compiled = jax.jit(step, donate_argnums=0).lower(table_state, params, x, target).compile()
         run = lambda state: compiled(state, params, x, target)[0]
