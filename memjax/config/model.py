@@ -270,6 +270,11 @@ class ModelConfig(Section):
         )
 
     @property
+    def rotates_by_length(self) -> bool:
+        """Whether rotary frequencies depend on the length of a text."""
+        return self.rope_scaling is not None and self.rope_scaling.kind in ("dynamic", "longrope")
+
+    @property
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads

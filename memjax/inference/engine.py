@@ -89,6 +89,7 @@ class Engine:
         prefill_rows: int | None = None,
         min_capacity: int = 0,
         modes: Sequence[Mode] = (),
+        reuse_prompts: bool = False,
     ):
         """Prepares the weights (`weights.prepare`); the cache is allocated when first needed.
 
@@ -100,6 +101,8 @@ class Engine:
                 program.
             modes: sampling modes to compile for, the narrowest first. A batch uses the first that covers its needs; if
                 none does, a program for exactly these needs is compiled.
+            reuse_prompts: whether a prompt's longest prefix that a slot holds is copied from there, of prompts within
+                min_capacity. Needs a single device, and rotary frequencies that do not depend on a text's length.
         """
         checks.refuse([*checks.counts(num_slots=num_slots), *_rows_wrong(prefill_rows)])
         self.num_slots = num_slots
@@ -117,6 +120,7 @@ class Engine:
         self._unmerged: list[_Fresh] = []
         self.prompts = Prompts(num_slots, min_capacity)
         """The prompts whose cache entries the slots hold, for reuse."""
+        self.prompts.is_used = reuse_prompts and self._devices == 1 and not model.config.rotates_by_length
 
     @property
     def is_busy(self) -> bool:

@@ -69,9 +69,7 @@ class Pack:
 
     def add(self, row: Row) -> bool:
         """Adds a sequence if more than half of each is shared and all fit into twice the width of one; False if not."""
-        first, size = self.rows[0].tokens, len(row.tokens)
-        shared = next((place for place, (a, b) in enumerate(zip(first, row.tokens, strict=False)) if a != b), size)
-        shared = min(shared, self.shared)
+        size, shared = len(row.tokens), min(self.shared, num_shared(self.rows[0].tokens, row.tokens))
         length = self.length + (len(self.rows) - 1) * (self.shared - shared) + size - shared
         longest = max(size, *(len(one.tokens) for one in self.rows))
         fits = length <= min(2 * padded_length(longest), _WIDEST) and self.depth + row.depth <= max(_FEW, length)
@@ -112,6 +110,12 @@ class Pack:
         ends = itertools.accumulate(len(targets) for _, targets in asks)
         for (owner, targets), end in zip(asks, ends, strict=True):
             yield owner, slice(end - len(targets), end)
+
+
+def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginnings."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def rows_of(requests: Iterable[ScoreRequest], max_length: int) -> list[Row]:

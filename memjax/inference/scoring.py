@@ -95,7 +95,9 @@ def score(
         for name, ids in zip(one._fields, one, strict=True):
             check_ids(ids, model.config.vocab_size, f"the ids of the {name} of request {number}")
     longest = max((len(one.context) + len(one.continuation) for one in requests), default=1)
-    packs = packed(rows_of(requests, max_length or longest), can_share=_can_share(model))
+    # Neither rotary frequencies nor a window may count the tokens of a row.
+    can_share = model.config.sliding_window is None and not model.config.rotates_by_length
+    packs = packed(rows_of(requests, max_length or longest), can_share=can_share)
     groups = by_shape(packs, batch_size)
     nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
     done, total = 0, sum(shape.width * len(packs) for shape, packs in groups)
@@ -108,12 +110,6 @@ def score(
         if show:
             show(done / total)
     return [Score(float(one), bool(is_greedy)) for one, is_greedy in zip(nats, greedy, strict=True)]
-
-
-def _can_share(model: Decoder) -> bool:
-    """Whether sequences may share a row: neither rotary frequencies nor a window count the tokens of the row."""
-    scaling, window = model.config.rope_scaling, model.config.sliding_window
-    return window is None and (scaling is None or scaling.kind not in ("dynamic", "longrope"))
 
 
 def _computed(model: Decoder, groups: Any, batch_size: int, place: Place) -> Iterator[tuple[Shape, list[Pack], Any]]:

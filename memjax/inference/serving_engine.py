@@ -25,18 +25,13 @@ _MODES = *_USUAL, Mode(*[True] * len(Mode._fields))
 
 
 class ServingEngine(Engine):
-    """An engine with one decoding program for each of `_MODES`, which can be compiled before requests arrive.
-
-    A prompt's longest prefix held by a slot is copied from there. This requires a single device, and rotary frequencies
-    that do not depend on the length of the text.
-    """
+    """An engine with one decoding program for each of `_MODES`, which can be compiled before requests arrive."""
 
     def __init__(self, model: Decoder, *, num_slots: int, max_length: int, reuse_prompts: bool = True):
         """Makes an engine for texts of up to max_length tokens, prompts included."""
-        super().__init__(model, num_slots=num_slots, min_capacity=padded_length(max_length), modes=_MODES)
-        scaling = model.config.rope_scaling
-        can_reuse = self._devices == 1 and (scaling is None or scaling.kind not in ("dynamic", "longrope"))
-        self.reuses_prompts = self.prompts.is_used = reuse_prompts and can_reuse
+        capacity = padded_length(max_length)
+        super().__init__(model, num_slots=num_slots, min_capacity=capacity, modes=_MODES, reuse_prompts=reuse_prompts)
+        self.reuses_prompts = self.prompts.is_used
 
     def lower(
         self,

@@ -1,16 +1,19 @@
 """Generate text from prompts, up to the model's end token, a stop string or a maximum number of tokens."""
 
 import dataclasses
+import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from memjax.config import checks
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import Tokenizer
 from memjax.data.tokenizers.decoding import StreamingDecoder
 from memjax.inference.engine import Engine
+from memjax.inference.programs import padded_length
 from memjax.inference.requests import Request
 from memjax.inference.sampling import GREEDY
+from memjax.inference.score_rows import num_shared
 from memjax.inference.streaming import Pace, generate
 from memjax.models.decoder import Decoder
 
@@ -91,36 +94,40 @@ def continue_texts(
         + ([] if max_prompt_tokens is None else checks.counts(max_prompt_tokens=max_prompt_tokens))
         + (checks.whole_number(max_tokens=max_tokens) or checks.not_negative(max_tokens=max_tokens))
     )
-    prompts, stop = list(checks.several(prompts)), checks.several(stop)
+    stop, read = checks.several(stop), slice(None) if max_prompt_tokens is None else slice(-max_prompt_tokens, None)
+    prompt_ids = [_prompt_ids(tokenizer, prompt, special_tokens)[read] for prompt in checks.several(prompts)]
     if not max_tokens:
-        yield from (Continuation(text="", finish="length", tokens=0) for _ in prompts)
+        yield from (Continuation(text="", finish="length", tokens=0) for _ in prompt_ids)
         return
     stop_ids = frozenset(_stop_ids(tokenizer, stop))
-    read = slice(None) if max_prompt_tokens is None else slice(-max_prompt_tokens, None)
-    num_slots = max(1, min(batch_size, len(prompts)))
+    num_slots = max(1, min(batch_size, len(prompt_ids)))
     # With more prompts than slots, half a batch is prefilled at a time, as soon as that many slots are free.
-    at_once = num_slots if num_slots == len(prompts) else max(1, num_slots // 2)
-    engine, pace = Engine(model, num_slots=num_slots, prefill_rows=at_once), Pace()
+    at_once = num_slots if num_slots == len(prompt_ids) else max(1, num_slots // 2)
+    longest = max(map(len, prompt_ids), default=0)
+    reuse: dict[str, Any] = {}
+    if len(prompt_ids) >= 2 * num_slots and max_tokens <= longest and _begin_alike(prompt_ids):
+        # Only then is it worth the compilation of further programs, and a cache of the final size from the start.
+        reuse = {"reuse_prompts": True, "min_capacity": padded_length(longest + max_tokens)}
+    engine, pace = Engine(model, num_slots=num_slots, prefill_rows=at_once, **reuse), Pace()
     running: dict[int, tuple[int, GeneratedText]] = {}
     """By slot: index of the prompt, and its text."""
     ended: dict[int, Continuation] = {}
     next_read = next_told = 0
-    while next_told < len(prompts):
+    while next_told < len(prompt_ids):
         first_new = next_read
-        while next_read < len(prompts):
-            some = prompts[next_read : next_read + at_once]
+        while next_read < len(prompt_ids):
+            some = prompt_ids[next_read : next_read + at_once]
             if next_read < num_slots:
                 some = some[: num_slots - next_read]
             if len(some) > len(engine.free_slots):
                 break
-            ids = [_prompt_ids(tokenizer, prompt, special_tokens)[read] for prompt in some]
             requests = [
                 Request(prompt_ids=one, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids, number=number)
-                for number, one in enumerate(ids, next_read)
+                for number, one in enumerate(some, next_read)
             ]
             for slot, request in zip(engine.insert(requests), requests, strict=True):
                 running[slot] = request.number, GeneratedText(tokenizer, request.prompt_ids, stop)
-            next_read += len(ids)
+            next_read += len(some)
         # The time of a prefill says nothing about that of decoding, so the pace ignores it.
         for slot, made in (pace.step(engine) if next_read == first_new else engine.step(0)).items():
             number, text = running[slot]
@@ -141,6 +148,12 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str, special_tokens: bool) -> list
         raise TypeError(f"a prompt must be a text, found {type(prompt).__name__}; continue_texts takes a list of them")
     encode = tokenizer.encode_with_special if special_tokens else tokenizer.encode
     return tokenizer.prompt(encode(prompt))
+
+
+def _begin_alike(prompts: Iterable[list[int]]) -> bool:
+    """Whether prompts share more than half of their tokens with others, at their beginnings."""
+    ordered = sorted(prompts)
+    return 2 * sum(itertools.starmap(num_shared, itertools.pairwise(ordered))) > sum(map(len, ordered))
 
 
 def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:

@@ -13,6 +13,7 @@ from memjax.config.model import ModelConfig
 from memjax.config.sampling import SamplingConfig
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.inference.engine import Engine
+from memjax.inference.prefixes import Prompts
 from memjax.inference.requests import Request, check
 from memjax.inference.text import StopStrings, continue_texts, stream_text
 from memjax.models.decoder import Decoder
@@ -84,6 +85,27 @@ def test_a_batch_writes_what_is_written_alone():
     for expected, continuation in zip(alone, texts, strict=True):
         assert continuation.text == expected
         assert (continuation.finish == "length") == (continuation.tokens == 12)
+
+
+@pytest.mark.parametrize("shared", [40, 2])
+def test_prompts_that_begin_alike_are_read_once_and_continued_as_alone(shared, monkeypatch):
+    model, tokenizer, reused = tiny(), ByteTokenizer(), []
+    joining = Prompts.joining
+
+    def recorded(self, request, slot):
+        found = joining(self, request, slot)
+        reused.append(found.start)
+        return found
+
+    monkeypatch.setattr(Prompts, "joining", recorded)
+    prompts = [f"{'Examples. ' * (shared // 10)}{number}: {'abc' * (number % 3)}" for number in range(12)]
+    options = {"max_tokens": 8, "sampling": SAMPLING, "batch_size": 4}
+    texts = [continuation.text for continuation in continue_texts(model, tokenizer, prompts, **options)]
+    # The first four have nothing to reuse.
+    assert [start >= shared for start in reused] == [shared > 10 and number >= 4 for number in range(12)]
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        alone = stream_text(model, tokenizer, prompt, max_tokens=8, sampling=SAMPLING, number=number)
+        assert "".join(alone) == text
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 8])
