@@ -101,7 +101,7 @@ def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
 def test_cached_attention_is_that_of_the_last_tokens(window, monkeypatch):
     (query, keys, values), _ = draw()
     positions = jnp.broadcast_to(jnp.arange(6, LENGTH), (BATCH, 4))
-    expected = by_hand(*map(np.asarray, (query, keys, values)), None, window)[:, 6:]
+    expected = by_hand(np.asarray(query), np.asarray(keys), np.asarray(values), None, window)[:, 6:]
     asked = answer_by_xla(monkeypatch)
     monkeypatch.setattr(dot_product, "why_not", lambda name, dtype, head_dim, length: None)
     scores = BATCH * HEADS * 4 * LENGTH * 4
