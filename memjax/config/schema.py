@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import types
 import typing
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ def show(value: Any) -> str:
     """A value as YAML on one line."""
     if hasattr(value, "tolist"):  # a number or an array of NumPy or JAX
         value = value.tolist()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):

@@ -43,7 +43,8 @@ def fit(
         ConfigError, DataError, CheckpointError: as their names say; see `python -m memjax.train`.
         RuntimeError: the run ended before its last step; the message says why. Saved checkpoints are kept.
     """
-    words = [f"--{name}={value if isinstance(value, str) else show(value)}" for name, value in (settings or {}).items()]
+    word = lambda value: os.fspath(value) if isinstance(value, str | os.PathLike) else show(value)
+    words = [f"--{name}={word(value)}" for name, value in (settings or {}).items()]
     if isinstance(config, RunConfig):
         if words:
             raise ValueError("settings are for a file, a preset or a run; change a RunConfig itself")

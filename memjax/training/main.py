@@ -171,6 +171,16 @@ def check(config: RunConfig) -> None:
             )
     if config.train.attention == "cudnn" and (reason := _why_no_cudnn(config)):
         problems.append(f"train.attention=cudnn cannot run: {reason}; set train.attention=auto")
+    if not jax.config.read("jax_enable_x64"):
+        lookups = {f"model.{kind}.table_dtype": part.table_dtype for kind, part in config.model.lookup_sections.items()}
+        dtypes = {"model.dtype": config.model.dtype, "model.param_dtype": config.model.param_dtype} | lookups
+        dtypes["optim.table.moment_dtype"] = config.optim.table.moment_dtype
+        problems += [
+            f"{name}=float64 would be float32, because JAX's 64-bit types are off; set the environment variable "
+            f"JAX_ENABLE_X64=1, or --{name} float32"
+            for name, dtype in dtypes.items()
+            if dtype == "float64"
+        ]
     if problems:
         raise ConfigError(problems)
 

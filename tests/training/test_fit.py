@@ -54,6 +54,13 @@ def test_settings_come_from_a_preset_a_file_a_run_or_an_object(asked, tmp_path):
     assert folder.model.dim == 96
 
 
+def test_settings_may_be_paths(asked, tmp_path):
+    parts = [{"name": "a", "path": tmp_path / "a b.txt"}]
+    memjax.fit(None, {"run.dir": tmp_path, "data.source": "mixture", "data.mixture": parts})
+    assert asked[0].run.dir == str(tmp_path)
+    assert asked[0].data.mixture[0].path == f"{tmp_path}/a b.txt"
+
+
 def test_wrong_settings_are_refused_as_on_the_command_line(asked):
     with pytest.raises(ConfigError, match=r"train\.stesp: unknown setting; did you mean 'train\.steps'"):
         memjax.fit("quickstart", {"train.stesp": 3})

@@ -72,6 +72,10 @@ def run(tmp_path, monkeypatch, capsys):
         ),
         (["--train.steps", "2"], "optim.warmup_steps=2 must be below train.steps=2; set --optim.warmup_steps 0.1"),
         (["--data.path", "null"], "data.path is null: source=text needs a file; set --data.path FILE"),
+        *(
+            ([f"--{name}", "float64"], f"{name}=float64 would be float32, because JAX's 64-bit types are off")
+            for name in ("model.dtype", "model.param_dtype", "model.memory.table_dtype", "optim.table.moment_dtype")
+        ),
     ],
 )
 def test_settings_that_cannot_run_here_end_with_2(run, settings, message):
