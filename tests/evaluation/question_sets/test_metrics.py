@@ -37,6 +37,10 @@ def test_articles_case_and_punctuation_do_not_count(text, expected):
         ("", "Paris", 0, 0),
         ("The", "a", 1, 1),  # both are empty once articles are removed
         ("the", "Paris", 0, 0),
+        ("", "", 1, 1),
+        ("Paris, Paris!", "Paris", 0, 2 / 3),
+        ("\N{INVERTED QUESTION MARK}Qué?", "qué", 0, 0),  # only ASCII punctuation is removed
+        ("a\N{NO-BREAK SPACE}b", "b", 1, 1),  # an article, then a space of Unicode
     ],
 )
 def test_exact_match_and_f1(answer, accepted, match, share):

@@ -12,6 +12,7 @@ import pytest
 
 from memjax.evaluation.question_sets import sandbox
 from memjax.evaluation.question_sets.sandbox import Limits, run_program
+from memjax.evaluation.question_sets.sandbox_launcher import FILES
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "experiments/trust"))
 
@@ -61,6 +62,18 @@ assert "SECRET_OF_A_USER" not in os.environ, "environment"
 assert os.getcwd() == os.environ["HOME"] == os.environ["TMPDIR"], "folder"
 assert os.getcwd() not in sys.path and "" not in sys.path, "path"
 assert os.listdir() == [], os.listdir()
+"""
+    assert run_program(source, limits=LIMITS).reason == ""
+
+
+@pytest.mark.skipif(FILES in sandbox.missing_protection(), reason="needs a mount namespace and Linux 5.12")
+def test_every_file_system_but_its_own_is_read_only():
+    """Those hidden below others, too."""
+    source = """
+import os
+mounts = [line.split()[4:6] for line in open("/proc/self/mountinfo")]
+written = [place for place, options in mounts if options.split(",")[0] != "ro"]
+assert written == [os.path.dirname(os.getcwd())], written
 """
     assert run_program(source, limits=LIMITS).reason == ""
 
