@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -30,7 +31,9 @@ _NEW_NAMESPACES = 0x20000000 | 0x40000000 | 0x00020000 | 0x08000000
 """CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWIPC."""
 _NEW_USER = 0x10000000
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _NO_EXEC = 1, 2, 4, 8
-_BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
+_REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 32, 4096, 16384, 1 << 18
+_KEPT = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21}
+"""Mount options that a user namespace must keep."""
 _MOUNT_SETATTR, _CURRENT_FOLDER, _WHOLE_TREE = 442, -100, 0x8000
 """The system call, which has no function in older C libraries, AT_FDCWD, AT_RECURSIVE."""
 _DEATH_SIGNAL, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 36, 38
@@ -142,12 +145,19 @@ def _mount(folder: str, size: int, files: int) -> bool:
         words = [os.fsencode(word) if word is not None else None for word in (source, target, kind)]
         return _libc.mount(*words, ctypes.c_ulong(flags), data.encode() if data is not None else None) == 0
 
-    small, read_only = f"size={size},nr_inodes={files},mode=755", (ctypes.c_uint64 * 4)(_READ_ONLY)
-    if not (
-        mount("none", "/", None, _RECURSIVE | _PRIVATE)
-        and _libc.syscall(_MOUNT_SETATTR, _CURRENT_FOLDER, b"/", _WHOLE_TREE, read_only, ctypes.c_size_t(32)) == 0
-        and mount("none", folder, "tmpfs", _NO_SUID | _NO_DEVICES, small)
-    ):
+    def make_read_only() -> bool:
+        attributes = (ctypes.c_uint64 * 4)(_READ_ONLY)
+        if _libc.syscall(_MOUNT_SETATTR, _CURRENT_FOLDER, b"/", _WHOLE_TREE, attributes, ctypes.c_size_t(32)) == 0:
+            return True
+        # Linux before 5.12: each mount that no other one hides.
+        done = [mount("none", place, None, _REMOUNT | _BIND | _READ_ONLY | kept) for place, kept in _mounts()]
+        return all(done)
+
+    small = f"size={size},nr_inodes={files},mode=755"
+    if not mount("none", "/", None, _RECURSIVE | _PRIVATE):
+        return False
+    is_read_only = make_read_only()
+    if not mount("none", folder, "tmpfs", _NO_SUID | _NO_DEVICES, small):
         return False
     # Python may be installed where only its owner can read.
     for number, place in enumerate(sys.path):
@@ -158,7 +168,15 @@ def _mount(folder: str, size: int, files: int) -> bool:
                 _move_imports(place, readable)
     if not mount("proc", "/proc", "proc", _READ_ONLY | _NO_SUID | _NO_DEVICES | _NO_EXEC):
         mount("none", "/proc", "tmpfs", _READ_ONLY)
-    return True
+    return is_read_only
+
+
+def _mounts() -> list[tuple[str, int]]:
+    """All mount points, with the options to keep."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        fields = [line.split()[4:6] for line in file]
+    unescaped = lambda place: re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), place)
+    return [(unescaped(place), sum(_KEPT.get(one, 0) for one in options.split(","))) for place, options in fields]
 
 
 def _move_imports(old: str, new: str) -> None:
