@@ -185,15 +185,17 @@ also loaded where it is not needed.
 """
 
 
-def python_numbers(config: Any) -> None:
-    """Replaces numbers of NumPy with Python's, the only ones that JSON takes."""
+def plain_values(config: Any) -> None:
+    """Replaces numbers of NumPy with Python's, and paths with texts: JSON takes no others."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        plain = tuple(map(_python_number, value)) if type(value) is tuple else _python_number(value)
+        plain = tuple(map(_plain, value)) if type(value) is tuple else _plain(value)
         object.__setattr__(config, field.name, plain)
 
 
-def _python_number(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     is_numpy = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
     return value.item() if is_numpy else value
 

@@ -29,7 +29,7 @@ class Section:
     """The section's path in a run's config, to recognise renamed values."""
 
     def __post_init__(self) -> None:
-        checks.python_numbers(self)
+        checks.plain_values(self)
         checks.typed(self, self.PLACE)
         problems = checks.ranges(self)
         checks.expand_home(self)

@@ -1,6 +1,8 @@
 """Sections check the types and ranges of their fields; settings are replaced by dotted name."""
 
 import dataclasses
+import os
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from memjax.config.data import DataConfig
 from memjax.config.memory import MemoryConfig
 from memjax.config.model import ModelConfig
-from memjax.config.run import RunConfig
+from memjax.config.run import RunConfig, RunFolderConfig
 from memjax.config.section import BelowOne, Positive, Section, replaced
 
 
@@ -42,6 +44,16 @@ def test_numbers_of_numpy_are_kept_as_numbers_of_python(as_users_call):
     assert list(map(type, kept)) == [int, float, int, bool]
     with pytest.raises(ValueError, match=r"^size=1\.0 must be a whole number$"):
         Toy(size=np.float64(1))  # pyright: ignore[reportArgumentType]
+
+
+def test_paths_are_kept_as_texts(as_users_call):
+    folder: Any = {"dir": pathlib.Path("~/a b")}
+    found: Any = {"path": pathlib.Path("c.jsonl"), "source": "jsonl"}
+    kept = (RunFolderConfig(**folder).dir, DataConfig(**found).path)
+    assert kept == (os.path.expanduser("~/a b"), "c.jsonl")
+    assert list(map(type, kept)) == [str, str]
+    with pytest.raises(ValueError, match=r"^size='a' must be a whole number$"):
+        Toy(size=pathlib.Path("a"))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_section_must_have_its_class(as_users_call):
