@@ -31,7 +31,8 @@ _RESAMPLES = 1000
 """Bootstrap samples for the standard error of metrics without a formula for it."""
 _FEWSHOT_SEED = 1234
 """lm-eval's default, so that the few-shot examples are the usual ones."""
-_KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_KNOWN = ("until", "max_gen_toks", "do_sample", *_SAMPLING, "num_beams")
 """Supported generation settings; lm-eval's aliases of `max_gen_toks` are accepted too."""
 
 
@@ -248,6 +249,7 @@ def _sampling(given: Mapping[str, Any]) -> SamplingConfig:
         temperature=0.0 if top_p == 0 else float(given.get("temperature", 1.0)),
         top_k=None if top_k in (0, -1) else top_k,
         top_p=1.0 if top_p == 0 else top_p,
+        min_p=float(given.get("min_p", 0.0)),
         repetition_penalty=penalty,
     )
 

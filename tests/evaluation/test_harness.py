@@ -296,6 +296,7 @@ GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=1.0)
         ({"max_new_tokens": 9, "until": ["a", "b"]}, 9, ("a", "b"), GREEDY),
         ({"max_tokens": 9, "max_gen_toks": 5}, 5, (), GREEDY),
         ({"max_completion_tokens": 3, "temperature": None, "top_p": None, "do_sample": None}, 3, (), GREEDY),
+        ({"do_sample": True, "min_p": 0.1}, 256, (), SamplingConfig(temperature=1.0, min_p=0.1)),
         ({"num_beams": 1, "repetition_penalty": 1.3}, 256, (), SamplingConfig(repetition_penalty=1.3)),
     ],
 )
@@ -311,6 +312,7 @@ def test_a_tasks_generation_settings_mean_what_lm_eval_means(harness, rule, max_
         ({"do_sample": True, "temperature": -1}, r"temperature=-1\.0 must not be negative"),
         ({"do_sample": True, "top_k": -3}, "top_k=-3 must be positive"),
         ({"do_sample": True, "top_p": 1.5}, r"top_p=1\.5 must be above 0 and at most 1"),
+        ({"do_sample": True, "min_p": 2}, r"min_p=2\.0 must be in 0\.\.1"),
         ({"temperature": "warm"}, "could not convert"),
         ({"max_gen_toks": -1}, "max_gen_toks=-1 must not be negative"),
         ({"until": [3]}, r"until=\[3\] must be strings"),
