@@ -99,11 +99,13 @@ def cached_attention(
 ) -> Float[Array, "b q n h"]:
     """Queries at `positions` of cached keys attend to those up to their own, within the nearest `window`.
 
-    By cuDNN if it can run, pays and the implementation is not "chunked". Values must be finite.
+    By cuDNN if it can run and is faster, and the implementation is not "chunked". Values must be finite.
     """
-    lengths = query.shape[1], keys.shape[1]
-    cannot = any(why_not("cudnn", query.dtype, query.shape[3], length) for length in lengths)
-    if cannot or implementation == "chunked" or _score_bytes(query, keys) <= _FEW_SCORE_BYTES:
+    scores = _score_bytes(query, keys)
+    # Symbolic sizes (`jax.export`) cannot be compared.
+    is_small = jax.export.is_symbolic_dim(scores) or scores <= _FEW_SCORE_BYTES
+    cannot = lambda length: why_not("cudnn", query.dtype, query.shape[3], length)
+    if implementation == "chunked" or is_small or cannot(query.shape[1]) or cannot(keys.shape[1]):
         return attention(query, keys, values, positions=positions, window=window)
     seen = _seen(positions, keys.shape[1], None, window)
     return jax.nn.dot_product_attention(query, keys, values, mask=seen, implementation="cudnn")
@@ -121,9 +123,9 @@ def attention(
 ) -> Float[Array, "b q n h"]:
     """Causal attention of queries at `positions` of the keys, a chunk of queries at a time.
 
-    A query sees the keys up to its own position: with `segments` only those of its own segment, with a `window` only
-    that many of the nearest. Values must be finite, even those that no query sees. A device holds at most
-    max_score_bytes of scores at once: chunks are recomputed in the backward pass.
+    A query sees the keys up to its own position: with `segments` only those of its own segment or of `SEEN_BY_ALL`,
+    with a `window` only that many of the nearest. Values must be finite, even those that no query sees. A device holds
+    at most max_score_bytes of scores at once: chunks are recomputed in the backward pass.
     """
     batch, length, *_ = query.shape
     # Unsigned and narrow types would wrap in the distances to keys.
@@ -139,8 +141,8 @@ def attention(
     return by_chunks(one_chunk if count == 1 else jax.checkpoint(one_chunk), count, query, positions)
 
 
-def _score_bytes(query: Array, keys: Array) -> int:
-    """Bytes of the scores of all queries and keys: symbolic if their sizes are."""
+def _score_bytes(query: Array, keys: Array) -> Any:
+    """Bytes of the scores of all queries and keys: an integer, or symbolic if their sizes are."""
     batch, length, heads, _ = query.shape
     return batch * length * heads * keys.shape[1] * accumulator(query.dtype).itemsize
 

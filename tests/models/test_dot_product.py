@@ -1,6 +1,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,6 +121,22 @@ def test_cached_attention_is_that_of_the_last_tokens(window, monkeypatch):
     monkeypatch.setattr(dot_product, "_FEW_SCORE_BYTES", 0)
     dot_product.cached_attention(query[:, 6:], keys[:, :9], values[:, :9], **options)
     assert asked == ["xla"]
+
+
+def test_cached_attention_of_a_symbolic_batch_is_exported(monkeypatch):
+    (query, keys, values), _ = draw()
+    expected = by_hand(np.asarray(query), np.asarray(keys), np.asarray(values), None, None)
+    monkeypatch.setattr(dot_product, "why_not", lambda name, dtype, head_dim, length: "odd" if length % 2 else None)
+
+    def run(query, keys, values):
+        positions = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
+        options = {"positions": positions, "window": None, "implementation": None}
+        return dot_product.cached_attention(query, keys, values, **options)
+
+    (batch,) = jax.export.symbolic_shape("b")
+    of = lambda array: jax.ShapeDtypeStruct((batch, *array.shape[1:]), array.dtype)
+    exported = jax.export.export(jax.jit(run))(of(query), of(keys), of(values))
+    np.testing.assert_allclose(exported.call(query, keys, values), expected, rtol=2e-5, atol=2e-6)
 
 
 class Gpu:
