@@ -70,9 +70,13 @@ def make_choices(
                 number=copy,
                 logprobs=request.logprobs,
             )
-            ticket = Ticket(request=engine_request, prompt_top=request.logprobs if request.echo else None)
+            # The prompt is scored once, for the first copy, which leaves the queue before the others.
+            first = choices[-copy] if copy else None
+            ticket = Ticket(request=engine_request, prompt_top=request.logprobs if request.echo and not copy else None)
             prompt = request.prompts[number]
-            choices.append(Choice(tokenizer, request, ticket, index=len(choices), num_added=num_added, prompt=prompt))
+            choices.append(
+                Choice(tokenizer, request, ticket, index=len(choices), num_added=num_added, prompt=prompt, first=first)
+            )
     return choices
 
 
@@ -100,7 +104,9 @@ class Choice:
         index: int,
         num_added: int,
         prompt: Prompt,
+        first: "Choice | None" = None,
     ):
+        """`first`: the choice of the same prompt with whose text the prompt's log-probabilities are computed."""
         self.ticket, self.index = ticket, index
         self.generated = GeneratedText(tokenizer, ticket.request.prompt_ids, request.stop)
         self.num_reused = 0
@@ -114,12 +120,17 @@ class Choice:
         self._held: list[tuple[int, int, TokenLogprobs | None]] = []
         """Tokens not yet passed on: offset in the text, token, log-probabilities."""
         self._begun = False
+        self._first = self if first is None else first
+        self._scores: list[TokenLogprobs] | None = None
+        """Log-probabilities of the prompt's tokens after the first, of the first choice of a prompt."""
 
     def add(self, update: Update) -> Piece:
         """The next piece of the choice after an update; it may be empty."""
         text = ""
-        if not self._begun and (self._echo and (update.prompt is not None or self._num_top is None)):
-            text += self._begin(update.prompt)
+        if update.prompt is not None:
+            self._scores = update.prompt
+        if self._echo and not self._begun:
+            text += self._begin(self._first._scores)
         self.num_reused += update.made.num_reused
         likely = iter(update.made.logprobs)
         for token in update.made.tokens:

@@ -375,6 +375,23 @@ def test_a_prompt_is_scored_alone_too_and_its_first_token_follows_nothing(server
     assert server.ask(prompt="What is", max_tokens=0, echo=True)["choices"][0]["text"] == "What is"
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_copies_of_a_prompt_report_its_log_probabilities_and_score_it_once(server, max_tokens, monkeypatch):
+    scored, score = [], server.scheduler._score
+    monkeypatch.setattr(server.scheduler, "_score", lambda ids, num_top: (scored.append(ids), score(ids, num_top))[1])
+    asked = {"prompt": ["What is", "Who"], "n": SLOTS + 1, "max_tokens": max_tokens, "seed": 2, "ignore_eos": True}
+    choices = server.ask(**asked, logprobs=1, echo=True)["choices"]
+    assert sorted(map(len, scored)) == [4, 8]
+    assert len(choices) == 2 * (SLOTS + 1)
+    for place, choice in enumerate(choices):
+        prompt = asked["prompt"][place // (SLOTS + 1)]
+        alone = server.ask(prompt=prompt, max_tokens=0, logprobs=1, echo=True)["choices"][0]["logprobs"]
+        found = {name: values[: len(prompt)] for name, values in choice["logprobs"].items()}
+        assert found == alone
+        assert len(choice["logprobs"]["tokens"]) == len(prompt) + max_tokens
+        assert choice["text"].startswith(prompt)
+
+
 def test_the_token_that_ends_a_text_has_a_log_probability_too(server):
     tokenizer = ByteTokenizer()
     prompt = [tokenizer.bos_id, *tokenizer.encode("What is")]
