@@ -110,7 +110,8 @@ class Dataset:
         for name, split, share in zip(names, self.train, shares / shares.sum(), strict=True):
             lines.append(f"records    {f'{name}: ' if name else ''}{self._amount(split, steps, share)}")
         held_out = sum(split.stop - split.start for split in self.validation)
-        return [*lines[:-1], f"{lines[-1]}; {held_out:,} records for validation" if held_out else lines[-1]]
+        records = "record" if held_out == 1 else "records"
+        return [*lines[:-1], f"{lines[-1]}; {held_out:,} {records} for validation" if held_out else lines[-1]]
 
     def _amount(self, split: Split, steps: int | None, share: float) -> str:
         count, config = split.stop - split.start, self.config

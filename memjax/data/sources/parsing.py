@@ -93,7 +93,8 @@ def _decode(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise MalformedError(f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from error
+        kind = "a binary file is not read; give text, JSON lines or Parquet" if b"\0" in line else "save it as UTF-8"
+        raise MalformedError(f"not UTF-8 (byte {error.start + 1} of the line); {kind}") from error
 
 
 def _text(fields: Mapping[str, Any], key: str) -> str:

@@ -21,6 +21,8 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> bool:
     settings: dict[str, Any] = {
         # By default transformers 4 also returns token types, which a decoder's `generate` refuses.
         "model_input_names": ["input_ids", "attention_mask"],
+        # `generate` continues the last position of each row, which must not be padding.
+        "padding_side": "left",
         "bos_token": names[tokenizer.bos_id],
         "eos_token": names[tokenizer.eos_id],
         "add_bos_token": tokenizer.adds_bos,

@@ -111,10 +111,10 @@ def test_what_is_written_encodes_as_before_and_is_read_again(kind, byte_level, p
     tokenizer = before[kind]
     assert write_tokenizer(folder, tokenizer)
     # The inputs of a decoder's `generate`; by default, transformers 4 adds token types, which `generate` refuses.
-    assert json.loads((folder / "tokenizer_config.json").read_text())["model_input_names"] == [
-        "input_ids",
-        "attention_mask",
-    ]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    # Batches of prompts are continued at their last position.
+    assert settings["padding_side"] == "left"
     again = read_tokenizer(folder, None, {})[1]
     assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
