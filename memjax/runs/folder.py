@@ -161,8 +161,8 @@ class RunFolder:
         More steps need no permission: they continue the run, even a finished one.
 
         Raises:
-            ConfigError: the folder holds a run with other settings (those of the start may not change even if allowed),
-                or a finished run that these would change.
+            ConfigError: the folder holds a run with other settings, a checkpoint whose run began with others that only the
+                beginning reads (even if allowed), or a finished run that these would change.
             CheckpointError: the settings of the run cannot be read.
         """
         saved = self.saved_config()
@@ -173,7 +173,9 @@ class RunFolder:
         if summary is not None and config.train.steps <= summary["steps"]:
             self._check_finished(changed, summary["steps"])
             return Claim(self, config, summary=summary)
-        if fixed := [line for line in changed if line.startswith(_ONLY_AT_THE_START)]:
+        fixed = [line for line in changed if line.startswith(_ONLY_AT_THE_START)]
+        # A run that has no checkpoint yet starts again from these settings.
+        if fixed and Checkpoints(self.checkpoints).steps():
             raise ConfigError(
                 [
                     f"{self.path} holds a run that has begun, and these settings only affect the beginning of a run; "

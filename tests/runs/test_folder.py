@@ -101,13 +101,23 @@ def test_settings_that_affect_learning_may_not_change(started):
 )
 @pytest.mark.parametrize("allowed", [False, True])
 def test_settings_of_the_start_may_not_change_even_if_allowed(started, change, allowed):
-    before = contents(started().folder.path)
+    folder = started().folder
+    (folder.checkpoints / "7").mkdir(parents=True)
+    before = contents(folder.path)
     with pytest.raises(ConfigError) as caught:
         started(change, allow_changed=allowed)
     first, line = [*caught.value.problems]
     assert "only affect the beginning of a run; set them back, or name another --run.dir" in first
     assert line.strip().startswith(change.split()[0][2:] + ": ")
     assert contents(started().folder.path) == before
+
+
+def test_settings_of_the_start_may_change_while_there_is_no_checkpoint(started):
+    started()
+    with pytest.raises(ConfigError, match="pass --allow_changed"):
+        started("--data.tokenizer.kind byte")
+    changes = started("--data.tokenizer.kind byte", allow_changed=True).changes
+    assert [line.split(":")[0] for line in changes] == ["data.tokenizer.kind"]
 
 
 @pytest.mark.parametrize(
