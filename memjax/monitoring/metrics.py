@@ -140,17 +140,18 @@ class Metrics:
         """From the rows of a file, of which the last one of a step counts."""
         steps = array("q")
         found: dict[str, tuple[array[int], array[float]]] = {}
-        self._whole: dict[str, bool] = {}
-        """Whether a column has only integers."""
+        self._fractional: set[str] = set()
+        """The metrics with values that are not integers."""
         for number, row in enumerate(rows):
             steps.append(row["step"])
             for name, value in row.items():
                 if name not in found:
-                    found[name], self._whole[name] = (array("q"), array("d")), True
+                    found[name] = array("q"), array("d")
                 numbers, values = found[name]
                 numbers.append(number)
                 values.append(math.nan if value is None else value)
-                self._whole[name] &= isinstance(value, int | None)
+                if isinstance(value, float):
+                    self._fractional.add(name)
         # Of equal steps np.unique finds the first, which is the last in the file.
         self.steps, from_end = np.unique(np.asarray(steps, np.int64)[::-1], return_index=True)
         places = np.full(len(steps), -1)
@@ -186,7 +187,7 @@ class Metrics:
         row = {}
         for name, (places, values) in self._columns.items():
             for value in values[places == place].tolist():
-                row[name] = None if math.isnan(value) else int(value) if self._whole[name] else value
+                row[name] = None if math.isnan(value) else value if name in self._fractional else int(value)
         return row
 
     def _keep(self, names: Iterable[str], places: NDArray[np.int64]) -> None:

@@ -161,8 +161,8 @@ class RunFolder:
         More steps need no permission: they continue the run, even a finished one.
 
         Raises:
-            ConfigError: the folder holds a run with other settings, a checkpoint whose run began with others that only the
-                beginning reads (even if allowed), or a finished run that these would change.
+            ConfigError: the folder holds a run with other settings (if it has a checkpoint, those of the start may not
+                change even if allowed), or a finished run that these would change.
             CheckpointError: the settings of the run cannot be read.
         """
         saved = self.saved_config()
