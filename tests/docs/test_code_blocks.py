@@ -169,8 +169,10 @@ def execute(command: list[str], *, shown: bool = False) -> tuple[int, str]:
         if arguments[0] == "-m":
             return execute_module(arguments[1], arguments[2:], shown)
         assert (ROOT / arguments[0]).is_file(), f"{arguments[0]} is not there"
-        # A script shares options with those beside it.
-        source = "".join(path.read_text() for path in (ROOT / arguments[0]).parent.glob("*.py"))
+        source = (ROOT / arguments[0]).read_text()
+        # Some of its options may be those of a module beside it.
+        beside = [path for path in (ROOT / arguments[0]).parent.glob("*.py") if f"\nimport {path.stem}\n" in source]
+        source += "".join(path.read_text() for path in beside)
         missing = [word for word in arguments[1:] if word.startswith("--") and f'"{word}"' not in source]
         assert not missing, f"{arguments[0]} has no {missing}"
         return 0, ""

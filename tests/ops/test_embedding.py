@@ -180,9 +180,10 @@ def test_vmap_equals_a_loop(name, implementation):
     mapped = jax.vmap(function, in_axes=(None, 0, 0))(table, indices, operand)
     tables = jnp.stack([table, 2 * table])
     by_table = jax.vmap(function, in_axes=(0, None, None))(tables, indices, operand)
+    rtol = {"bag": 1e-6, "dot": 1e-5}[name]  # a dot has twice as many products, which cancel further
     for number in range(2):
-        np.testing.assert_allclose(mapped[number], function(table, indices[number], operand[number]), rtol=1e-5)
-        np.testing.assert_allclose(by_table[number], function(tables[number], indices, operand), rtol=1e-5)
+        np.testing.assert_allclose(mapped[number], function(table, indices[number], operand[number]), rtol=rtol)
+        np.testing.assert_allclose(by_table[number], function(tables[number], indices, operand), rtol=rtol)
 
 
 @every_operation
