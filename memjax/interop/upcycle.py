@@ -10,6 +10,7 @@ from memjax.checkpoint.names import flatten, nest
 from memjax.config.memory import MemoryConfig
 from memjax.models.decoder import Decoder
 from memjax.models.parts import DecoderParts, split_decoder
+from memjax.ops.precision import truncated
 from memjax.runs.files import check_new
 from memjax.runs.layout import params_to_tree, tree_to_params
 from memjax.runs.load import load
@@ -29,7 +30,8 @@ def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
         seed: seed of their initial parameters and of the tables.
 
     Raises:
-        ValueError: the model already has memory layers or experts, or memory.layers names a block that it lacks.
+        ValueError: the model already has memory layers or experts, memory.layers names a block that it lacks, or
+            memory.table_dtype is float64 while JAX's 64-bit types are off.
     """
     if model.config.experts is not None or model.config.peer is not None:
         raise ValueError("the model has experts in place of feed-forward layers; only a dense one can be given memory")
@@ -38,6 +40,8 @@ def upcycle(model: Decoder, memory: MemoryConfig, *, seed: int = 0) -> Decoder:
             f"the model already has memory layers, in blocks {list(model.config.memory.layers)}; only a dense model "
             "can be given some"
         )
+    if problems := truncated({"memory.table_dtype": memory.table_dtype}):
+        raise ValueError(problems[0])
     parts = DecoderParts.of(dataclasses.replace(model.config, memory=memory))
     wanted = flatten(params_to_tree(parts.abstract_params))
     kept = {name: leaf for name, leaf in flatten(params_to_tree(split_decoder(model)[1])).items() if name in wanted}

@@ -1,6 +1,6 @@
 """The types that numbers are computed in, and initializers that draw in float32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,16 @@ def resolve_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(name)
+
+
+def truncated(dtypes: Mapping[str, str]) -> list[str]:
+    """A message for each of these settings that asks for float64 while JAX's 64-bit types are off."""
+    return [
+        f"{name}=float64 would be float32, because JAX's 64-bit types are off; set the environment variable "
+        f"JAX_ENABLE_X64=1, or --{name} float32"
+        for name, dtype in dtypes.items()
+        if dtype == "float64" and not jax.config.read("jax_enable_x64")
+    ]
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:

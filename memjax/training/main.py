@@ -18,7 +18,7 @@ from memjax.models.counts import count_parameters
 from memjax.monitoring.progress import log_phase
 from memjax.monitoring.units import aligned, billions, gigabytes
 from memjax.ops import dispatch, host_memory
-from memjax.ops.precision import resolve_dtype
+from memjax.ops.precision import resolve_dtype, truncated
 from memjax.runs.folder import Claim, RunFolder
 from memjax.sharding.mesh import make_mesh
 from memjax.sharding.processes import is_first, process_zero_first
@@ -171,16 +171,9 @@ def check(config: RunConfig) -> None:
             )
     if config.train.attention == "cudnn" and (reason := _why_no_cudnn(config)):
         problems.append(f"train.attention=cudnn cannot run: {reason}; set train.attention=auto")
-    if not jax.config.read("jax_enable_x64"):
-        lookups = {f"model.{kind}.table_dtype": part.table_dtype for kind, part in config.model.lookup_sections.items()}
-        dtypes = {"model.dtype": config.model.dtype, "model.param_dtype": config.model.param_dtype} | lookups
-        dtypes["optim.table.moment_dtype"] = config.optim.table.moment_dtype
-        problems += [
-            f"{name}=float64 would be float32, because JAX's 64-bit types are off; set the environment variable "
-            f"JAX_ENABLE_X64=1, or --{name} float32"
-            for name, dtype in dtypes.items()
-            if dtype == "float64"
-        ]
+    lookups = {f"model.{kind}.table_dtype": part.table_dtype for kind, part in config.model.lookup_sections.items()}
+    dtypes = {"model.dtype": config.model.dtype, "model.param_dtype": config.model.param_dtype} | lookups
+    problems += truncated(dtypes | {"optim.table.moment_dtype": config.optim.table.moment_dtype})
     if problems:
         raise ConfigError(problems)
 

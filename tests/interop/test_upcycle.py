@@ -85,6 +85,8 @@ def test_models_that_cannot_get_a_memory_are_refused(dense, beside):
         upcycle(experts, BESIDE)
     with pytest.raises(ValueError, match=r"memory\.layers=\[2\] must lie in 0\.\.1"):
         upcycle(dense, MemoryConfig(layers=(2,), **SIZES))
+    with pytest.raises(ValueError, match=r"memory\.table_dtype=float64 would be float32, because JAX's 64-bit"):
+        upcycle(dense, dataclasses.replace(BESIDE, table_dtype="float64"))
 
 
 @pytest.mark.slow
