@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -21,13 +22,15 @@ from memjax.knowledge.slots import Background, layers_by_table
 from memjax.memory.row_optimizer import RowOptimizer
 from memjax.memory.usage import count_reads
 from memjax.models.decoder import Decoder
-from memjax.models.loss import summed_loss
+from memjax.models.loss import map_logits, summed_loss
 from memjax.models.parts import Tables, merge_decoder, split_decoder, writable
 from memjax.models.token_ids import check_vocabulary
 from memjax.ops.row_update.rules import RowRule
 from memjax.sharding.axes import committed_as, split_columns
 
 TableStates = dict[str, dict[str, Array]]
+_MORE_WEIGHT = 32.0
+"""By how much the weight of tokens that are not known yet may grow until the last step; at first it is 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,9 @@ class Recipe:
     batch_size: int
     """Facts in a batch."""
     optimizer: Literal["sgd", "rowwise_adam"] = "rowwise_adam"
+    margin: float = math.inf
+    """Nats: a token of a fact that is likelier than every other token by more is known, and only the others count in
+    the loss. Infinity: all count."""
     replay: int = 0
     """Background texts replayed in a full batch, in proportion in smaller ones, to preserve what the rows held."""
     seed: int = 0
@@ -159,18 +165,25 @@ def _step(
     """Tables and their state after a step, and the mean loss before it."""
     model, optimizer = merge_decoder(graphdef, params, tables), recipe.row_optimizer(lr)
     token_mask = batch["segments"].reshape(-1) > 0
-    is_new = (batch["segments"] > batch["first_new"]).reshape(-1)
+    is_new = batch["segments"] > batch["first_new"]
     weights = batch["loss_mask"] / jnp.maximum(batch["loss_mask"].sum(), 1)
 
     def objective(model: Decoder, hidden: Array) -> Array:
-        return summed_loss(model, hidden, batch["targets"], weights)[0]
+        if recipe.margin == math.inf:
+            return summed_loss(model, hidden, batch["targets"], weights)[0]
+        unknown = jnp.where(is_new & ~_leads(model, hidden, batch["targets"], recipe.margin), weights, 0)
+        # The fewer are left the more each counts, or the replayed texts would outweigh the last ones to be learned.
+        share = jnp.where(is_new, weights, 0).sum() / jnp.maximum(unknown.sum(), jnp.finfo(unknown.dtype).tiny)
+        most = 1 + _MORE_WEIGHT * (1 - lr / recipe.lr)
+        factors = jnp.where(is_new, unknown * jnp.minimum(share, most), weights)
+        return summed_loss(model, hidden, batch["targets"], factors)[0]
 
     loss, reads, gradients = table_gradients(model, batch, objective)
     ok = jnp.isfinite(loss)
     new_tables, new_state = dict(tables), dict(state)
     for counted, layers in layers_by_table(model.config).items():
         seen = background[counted]
-        may_change = chosen(_count(reads, layers, is_new, seen), seen, texts, recipe.rows)
+        may_change = chosen(_count(reads, layers, is_new.reshape(-1), seen), seen, texts, recipe.rows)
         for name in tables_of(model.config, layers[0]):
             table, kept = tables[name], []
             for gradient in gradients[name]:
@@ -180,6 +193,19 @@ def _step(
                 kept.append(gradient._replace(indices=jnp.where(is_kept, indices, table.shape[0])))
             new_tables[name], new_state[name] = optimizer.update(name, table, state[name], kept, step=step, ok=ok)
     return new_tables, new_state, loss
+
+
+def _leads(
+    model: Decoder, hidden: Float[Array, "b s dim"], targets: Int[Array, "b s"], margin: float
+) -> Bool[Array, "b s"]:
+    """Whether each target is likelier than every other token by more than `margin` nats."""
+
+    def of_chunk(logits: Float[Array, "b s vocab"], targets: Int[Array, "b s"]) -> Bool[Array, "b s"]:
+        is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+        best, others = (jnp.where(mask, logits, -jnp.inf).max(axis=-1) for mask in (is_target, ~is_target))
+        return best - others > margin
+
+    return map_logits(model, of_chunk, jax.lax.stop_gradient(hidden), targets)
 
 
 def _count(reads: dict[str, SlotReads], layers: Sequence[str], token_mask: Array, like: Array) -> Int[Array, " n"]:

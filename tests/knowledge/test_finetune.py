@@ -113,6 +113,35 @@ def test_facts_are_learned_in_few_rows_and_nothing_else_changes(model_of, kind):
         assert len(changed["layer_0"]) == 3
 
 
+def test_only_tokens_that_are_not_known_count_and_the_fewer_the_more(model_of):
+    model, leads, nats = model_of("memory_plus"), [], []
+    for ((prompt, answer),) in (fact.wordings for fact in FACTS):
+        ids = [TOKENIZER.bos_id, *TOKENIZER.encode(prompt.text + answer.text), TOKENIZER.eos_id]
+        logits = np.asarray(model(jnp.asarray([ids[:-1]])), np.float64)[0]
+        for place in range(len(prompt.text), len(ids) - 1):
+            target = logits[place, ids[place + 1]]
+            leads.append(target - np.delete(logits[place], ids[place + 1]).max())
+            nats.append(np.log(np.exp(logits[place]).sum()) - target)
+    # A rate this small changes nothing, so all four steps see the same model.
+    recipe = Recipe(rows=3, lr=1e-12, epochs=4, batch_size=3, optimizer="sgd")
+    background = Background(5, {name: np.zeros(36, np.int32) for name in ("layer_0", "layer_2")})
+    for unknown in (0, 1, 4, len(leads)):
+        margin = np.mean([-99, *np.sort(leads), 99][unknown : unknown + 2])
+        losses = []
+        learn(
+            model,
+            TOKENIZER,
+            FACTS,
+            background,
+            dataclasses.replace(recipe, margin=float(margin)),
+            longest=16,
+            after_epoch=lambda _, loss, __, losses=losses: bool(losses.append(loss)),
+        )
+        least = np.array(nats)[np.argsort(leads)[:unknown]].sum() / len(leads)
+        most = [min(len(leads) / max(unknown, 1), 1 + 32 * step / 4) for step in range(4)]
+        np.testing.assert_allclose(losses, least * np.array(most), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("optimizer", "width", "lr"), [("sgd", 12, 30.0), ("rowwise_adam", 512, 0.03)])
 def test_tables_that_devices_share_by_columns_learn_the_same_rows(model_of, optimizer, width, lr, caplog):
     # At most 256 columns share a second moment, so 512 columns are grouped alike on one and on two devices.
