@@ -20,6 +20,8 @@ _RUN_AND_FACTS = Positional(
     "that it was made from.",
     repeats=True,
 )
+_MARGIN = 0.5
+"""Nats: tokens that are likelier than all others by more are known, and their gradients would only cost old facts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     if len(words) < 2:
         raise ConfigError(f"learn takes a run and at least one file of facts; given: {len(words)}")
-    from memjax.knowledge.facts import Fact, read_facts
+    from memjax.knowledge.facts import Fact, check_answers, read_facts
     from memjax.knowledge.finetune import Recipe
     from memjax.knowledge.learning import LEARNED, facts_of, learn_facts
     from memjax.runs.files import owned
@@ -90,6 +92,8 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
     facts: list[Fact] = []
     for path in paths:
         facts += facts_of(path, read_patch(path)) if is_patch(path) else read_facts(path, "FACTS")
+    facts = list(dict.fromkeys(facts))
+    check_answers(facts)
     held_out = None if settings.held_out is None else read_facts(settings.held_out, "--held_out")
     if held_out is not None and not any(fact.question for fact in held_out):
         raise DataError(f"{settings.held_out}: held_out must hold questions, lines with prompt and answer; it has none")
@@ -103,7 +107,7 @@ def _learn(words: Sequence[str], settings: LearnConfig) -> None:
                 raise ConfigError(f"{run}: the model has no memory layers and no PEER layers: there are no rows")
             names = ("rows", "lr", "batch_size", "optimizer", "replay", "seed")
             epochs = settings.epochs or fewest_epochs(len(facts), settings.batch_size)
-            recipe = Recipe(epochs=epochs, **{name: getattr(settings, name) for name in names})
+            recipe = Recipe(epochs=epochs, margin=_MARGIN, **{name: getattr(settings, name) for name in names})
             learn_facts(
                 found,
                 facts,

@@ -61,6 +61,8 @@ def test_a_slot_is_shown_by_the_texts_that_read_it(run, facts, capsys):
         (learn, ["RUN"], 2, "out"),
         (learn, ["RUN", "--out", "x"], 2, "takes a run and at least one file"),
         (learn, ["RUN", "none.jsonl", "--out", "x"], 3, "there is no such file"),
+        (learn, ["RUN", "TABLE", "--out", "x"], 3, "FACTS must be JSON lines, not a table of values"),
+        (learn, ["RUN", "FACTS", "CONTRARY", "--out", "x"], 3, "the prompt 'b is' has two answers, 'y' and 'z'"),
         (learn, ["RUN", "FACTS", "--out", "FACTS"], 2, "facts.jsonl is a file, where a folder is needed"),
         (learn, ["RUN", "FACTS", "--out", "x", "--rows", "0", "--lr", "-1"], 2, "rows=0 must be positive"),
         (learn, ["RUN", "FACTS", "--out", "x", "--held_out", "TEXTS"], 3, "held_out must hold questions"),
@@ -76,7 +78,10 @@ def test_a_slot_is_shown_by_the_texts_that_read_it(run, facts, capsys):
 )
 def test_wrong_command_lines_are_refused(run, facts, command, words, code, problem, tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text('{"text": "no question"}')
+    (tmp_path / "contrary.jsonl").write_text('{"prompt": "b is", "answer": "z"}')
+    (tmp_path / "table.csv").write_text("prompt,answer\nQ a,x\n")
     names = {"RUN": run, "FACTS": facts, "TEXTS": str(tmp_path / "texts.jsonl")}
+    names |= {"CONTRARY": str(tmp_path / "contrary.jsonl"), "TABLE": str(tmp_path / "table.csv")}
     words = [names.get(word, word) for word in words]
     try:
         found = command.main(words)

@@ -1,7 +1,8 @@
 """Facts to learn and questions to ask: JSON lines with a text, or a prompt and its answer, and paraphrases."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,6 +61,11 @@ def read_facts(path: str, field: str) -> list[Fact]:
     Raises:
         DataError: the file cannot be read or holds no facts, or a line is not a fact; the message names the line.
     """
+    if pathlib.Path(path).suffix.lower() in (".csv", ".tsv"):
+        raise DataError(
+            f"{path}: {field} must be JSON lines, not a table of values, whose lines would be learned as texts; write "
+            'each row as {"prompt": "...", "answer": "..."} on a line of its own'
+        )
     facts = []
     for place, fields in RecordFiles(path, field).fields("text"):
         try:
@@ -69,6 +75,17 @@ def read_facts(path: str, field: str) -> list[Fact]:
     if not facts:
         raise DataError(f"{path}: holds no facts; write one JSON object per line, with text or with prompt and answer")
     return facts
+
+
+def check_answers(facts: Iterable[Fact]) -> None:
+    """Raises a DataError if a prompt has two answers, of which a model can know at most one."""
+    answers: dict[str, str] = {}
+    for prompt, answer in ((record[0].text, record[-1].text) for fact in facts for record in fact.wordings):
+        if answers.setdefault(prompt, answer) != answer:
+            raise DataError(
+                f"the prompt {prompt!r} has two answers, {answers[prompt].strip()!r} and {answer.strip()!r}, and a "
+                "model can know only one; remove the other"
+            )
 
 
 def _wordings(fields: Mapping[str, Any]) -> Iterator[Record]:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from memjax.data.sources import biographies
 from memjax.data.sources.kinds import find_source
@@ -17,14 +19,15 @@ from memjax.errors import DataError
 from memjax.evaluation.perplexity import bits_per_byte
 from memjax.evaluation.recall import answer_requests
 from memjax.inference.scoring import score
-from memjax.io.console import say
+from memjax.io.console import say, warn
 from memjax.knowledge.background import background_of
 from memjax.knowledge.corpus import open_corpus
-from memjax.knowledge.facts import Fact
+from memjax.knowledge.facts import Fact, pairs_of
 from memjax.knowledge.finetune import Recipe, learn
 from memjax.knowledge.slots import Background
 from memjax.models.decoder import Decoder
 from memjax.monitoring.progress import Progress
+from memjax.ops.tiles import next_power_of_two
 from memjax.runs.load import LoadedModel
 from memjax.runs.patches.edit import patch_between
 from memjax.runs.patches.patch import Patch, write_patch
@@ -37,6 +40,8 @@ _PROGRESS_SECONDS = 5.0
 """Seconds between progress lines."""
 NEW = "new facts"
 """The group of questions about the facts to learn."""
+_SHOWN = 10
+"""Questions that are still not answered, to print."""
 _REPLAYED = 4_096
 """Background texts from which replayed ones are drawn."""
 
@@ -63,10 +68,12 @@ class _Probe:
             texts["bits per byte, facts"] = [text_of(fact.wordings[0]) for fact in facts]
         return cls(loaded.tokenizer, loaded.config.data.sequence_length, asked, texts)
 
-    def known(self, model: Decoder, group: str) -> float | None:
-        """Share of a group's questions that the model answers exactly; None if there are none."""
-        questions = self.questions.get(group)
-        return known(model, self.tokenizer, questions, length=self.length) if questions else None
+    def unknown(self, model: Decoder) -> list[Record] | None:
+        """The new questions that the model does not answer exactly; None if no new fact is a question."""
+        if (questions := self.questions.get(NEW)) is None:
+            return None
+        found = are_known(model, self.tokenizer, questions, length=self.length)
+        return list(itertools.compress(questions, ~found))
 
     def measure(self, model: Decoder) -> dict[str, float]:
         """The share of known answers for every group, and bits per byte for every text."""
@@ -114,13 +121,19 @@ def learn_facts(
     background = background_of(loaded, records)
     groups = {name: _spread(some, most_questions) for name, some in _held_out(loaded, held_out).items()}
     probe = _Probe.of(loaded, facts, groups, list(map(text_of, records)))
+    if problem := too_long(facts, loaded.tokenizer, probe.length):
+        warn(problem)
     before, began = probe.measure(loaded.model), time.perf_counter()
-    learned, last = _learn(loaded, facts, background, records[:_REPLAYED], recipe, probe)
+    if before.get(NEW) == 1:
+        learned, last = loaded.model, "every fact was known before"
+    else:
+        learned, last = _learn(loaded, facts, background, records[:_REPLAYED], recipe, probe)
     seconds = time.perf_counter() - began
     say(f"learned in {seconds:.0f} s: {last}")
     patch = patch_between(loaded, learned, {})
     # Measure what is written: rows in the type of the run's tables.
-    after = probe.measure(_found_with(learned, patch))
+    written = _found_with(learned, patch)
+    after, unknown = probe.measure(written), probe.unknown(written) or []
     notes = {"made_by": "learn", "facts": len(facts), "source": source, "seconds": round(seconds, 2)}
     notes |= {LEARNED: [fact.fields() for fact in facts]}
     for moment, rates in (("before", before), ("after", after)):
@@ -131,7 +144,9 @@ def learn_facts(
     for name, change in patch.tables.items():
         lines.append(f"{f'rows changed in {name}':<34}{len(change.rows):>10,} of {change.num_slots:,}")
     say("\n".join([*lines, f"{'seconds a fact':<34}{seconds / len(facts):>10.2f}"]))
-    if (hint := advice(patch, after.get(NEW, 1.0), recipe)) is not None:
+    if unknown:
+        say("\n".join(["not known:", *shown(unknown)]))
+    if before.get(NEW) != 1 and (hint := advice(patch, after.get(NEW, 1.0), recipe)) is not None:
         say(hint)
     say(f"written to {path}")
     return patch
@@ -150,7 +165,8 @@ def _learn(
 
     def after_epoch(epoch: int, loss: float, model: Decoder) -> bool:
         nonlocal last
-        rate = probe.known(model, NEW)
+        unknown = probe.unknown(model)
+        rate = None if unknown is None else 1 - len(unknown) / len(probe.questions[NEW])
         last = f"loss {loss:.4f}" + ("" if rate is None else f"  {NEW} {rate:.1%}")
         progress.update(epoch, f"epoch {epoch}/{recipe.epochs}  {last}")
         last += f"  after {epoch} of {recipe.epochs} epochs"
@@ -168,6 +184,29 @@ def _learn(
             after_epoch=after_epoch,
         )
     return learned, last
+
+
+def too_long(facts: Sequence[Fact], tokenizer: Tokenizer, length: int) -> str | None:
+    """A warning about questions that do not fit into `length` tokens with their answers; None if all do."""
+    questions = _questions(facts)
+    long = [one for one, pairs in zip(questions, pairs_of(questions, tokenizer), strict=True) if len(pairs) > length]
+    if not long:
+        return None
+    return (
+        f"{len(long):,} of {len(facts):,} facts are longer than the {length} tokens that the model was trained on "
+        f"(data.sequence_length), such as {_quoted(text_of(long[0]))}: the end of the answer is learned without the "
+        "question, and will hardly be known; make the question or the answer shorter"
+    )
+
+
+def shown(questions: Sequence[Record]) -> list[str]:
+    """The first questions with their answers, one a line, and how many more there are."""
+    lines = [f"  {_quoted(text_of(one[:-1]))}: {_quoted(one[-1].text.strip())}" for one in questions[:_SHOWN]]
+    return lines + ([f"  and {len(questions) - _SHOWN:,} more"] if len(questions) > _SHOWN else [])
+
+
+def _quoted(text: str) -> str:
+    return repr(textwrap.shorten(text, 100, placeholder=" ..."))
 
 
 def advice(patch: Patch, known: float, recipe: Recipe) -> str | None:
@@ -210,8 +249,17 @@ def _found_with(model: Decoder, patch: Patch) -> Decoder:
 
 def known(model: Decoder, tokenizer: Tokenizer, questions: Sequence[Record], *, length: int) -> float:
     """Share of the questions that the model answers exactly, end of text included."""
+    return float(np.mean(are_known(model, tokenizer, questions, length=length)))
+
+
+def are_known(
+    model: Decoder, tokenizer: Tokenizer, questions: Sequence[Record], *, length: int
+) -> Bool[np.ndarray, " questions"]:
+    """Whether the model answers each question exactly, end of text included."""
     requests = answer_requests(tokenizer, [(text_of(record[:-1]), record[-1].text) for record in questions])
-    return float(np.mean([found.is_greedy for found in score(model, requests, max_length=length, batch_size=128)]))
+    # Few questions are asked after every step: rows of padding would take as long as learning.
+    batch_size = min(128, next_power_of_two(max(8, len(requests))))
+    return np.array([found.is_greedy for found in score(model, requests, max_length=length, batch_size=batch_size)])
 
 
 def _questions(facts: Sequence[Fact]) -> list[Record]:

@@ -1,9 +1,11 @@
-"""The advice of `learn` when facts remain unknown."""
+"""What `learn` says about facts that it cannot teach, and the advice when some remain unknown."""
 
 import numpy as np
 
+from memjax.data.tokenizers.base import ByteTokenizer
+from memjax.knowledge.facts import Fact
 from memjax.knowledge.finetune import Recipe
-from memjax.knowledge.learning import advice
+from memjax.knowledge.learning import advice, shown, too_long
 from memjax.runs.patches.patch import Patch, RowChange
 
 RECIPE = Recipe(rows=8, lr=0.05, epochs=4, batch_size=2)
@@ -19,3 +21,19 @@ def test_a_patch_without_rows_is_not_answered_with_more_passes():
         assert found.startswith("no row has changed: ")
         assert "--background" in found
         assert "--epochs" not in found
+
+
+def test_facts_longer_than_the_context_are_named():
+    facts = [Fact.of_fields({"prompt": "Who?", "answer": answer}) for answer in ("me", "you and me")]
+    # The begin token, 4 bytes, a space and 10 more predict 15 and the end.
+    assert too_long(facts, ByteTokenizer(), 16) is None
+    found = str(too_long(facts, ByteTokenizer(), 15))
+    assert found.startswith("1 of 2 facts are longer than the 15 tokens that the model was trained on")
+    assert "such as 'Who? you and me'" in found
+
+
+def test_the_first_ten_unknown_questions_are_shown():
+    questions = [Fact.of_fields({"prompt": f"Who is {number}?", "answer": "x"}).wordings[0] for number in range(12)]
+    assert shown(questions[:1]) == ["  'Who is 0?': 'x'"]
+    assert len(shown(questions)) == 11
+    assert shown(questions)[-1] == "  and 2 more"
