@@ -93,8 +93,10 @@ def _decode(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        kind = "a binary file is not read; give text, JSON lines or Parquet" if b"\0" in line else "save it as UTF-8"
-        raise MalformedError(f"not UTF-8 (byte {error.start + 1} of the line); {kind}") from error
+        kind = ", but UTF-16 or a binary file" if b"\0" in line else ""
+        raise MalformedError(
+            f"not UTF-8 (byte {error.start + 1} of the line){kind}; save it as text in UTF-8, JSON lines or Parquet"
+        ) from error
 
 
 def _text(fields: Mapping[str, Any], key: str) -> str:
