@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gzip
 import json
 import pathlib
 
@@ -79,9 +80,9 @@ def test_a_slot_is_shown_by_the_texts_that_read_it(run, facts, capsys):
 def test_wrong_command_lines_are_refused(run, facts, command, words, code, problem, tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text('{"text": "no question"}')
     (tmp_path / "contrary.jsonl").write_text('{"prompt": "b is", "answer": "z"}')
-    (tmp_path / "table.csv").write_text("prompt,answer\nQ a,x\n")
+    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"prompt,answer\nQ a,x\n"))
     names = {"RUN": run, "FACTS": facts, "TEXTS": str(tmp_path / "texts.jsonl")}
-    names |= {"CONTRARY": str(tmp_path / "contrary.jsonl"), "TABLE": str(tmp_path / "table.csv")}
+    names |= {"CONTRARY": str(tmp_path / "contrary.jsonl"), "TABLE": str(tmp_path / "table.csv.gz")}
     words = [names.get(word, word) for word in words]
     try:
         found = command.main(words)
@@ -129,6 +130,22 @@ def test_a_patch_stands_for_the_facts_that_it_was_made_of(run, facts, tmp_path, 
     write_patch(without, dataclasses.replace(made[0], notes={}))
     assert learn.main([run, str(without), "--out", str(tmp_path / "none")]) == 3
     assert "records no facts to learn" in capsys.readouterr().err
+
+
+def test_texts_are_learned_beside_questions_that_are_known(run, facts, tmp_path, monkeypatch, capsys):
+    all_known = lambda model, tokenizer, questions, *, length: np.ones(len(questions), bool)
+    monkeypatch.setattr("memjax.knowledge.learning.are_known", all_known)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "Q d z"}')
+    settings = ["--rows", "8", "--epochs", "3", "--replay", "0", "--held_out_questions", "1"]
+    for words, said, has_rows in (
+        ([facts], "every fact was known before", False),
+        ([facts, str(text)], "after 3 of 3 epochs", True),
+    ):
+        out = tmp_path / f"of_{len(words)}"
+        assert learn.main([run, *words, "--out", str(out), *settings]) == 0
+        assert said in capsys.readouterr().out
+        assert (read_patch(out).num_rows > 0) == has_rows
 
 
 def test_two_processes_do_not_learn_into_one_patch(run, facts, tmp_path, capsys):

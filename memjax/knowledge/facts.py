@@ -1,7 +1,8 @@
 """Facts to learn and questions to ask: JSON lines with a text, or a prompt and its answer, and paraphrases."""
 
 import dataclasses
-import pathlib
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def read_facts(path: str, field: str) -> list[Fact]:
     Raises:
         DataError: the file cannot be read or holds no facts, or a line is not a fact; the message names the line.
     """
-    if pathlib.Path(path).suffix.lower() in (".csv", ".tsv"):
+    if re.search(r"\.[ct]sv(\.(gz|xz|zst|bz2))?$", path, re.IGNORECASE):
         raise DataError(
             f"{path}: {field} must be JSON lines, not a table of values, whose lines would be learned as texts; write "
             'each row as {"prompt": "...", "answer": "..."} on a line of its own'
@@ -80,7 +81,8 @@ def read_facts(path: str, field: str) -> list[Fact]:
 def check_answers(facts: Iterable[Fact]) -> None:
     """Raises a DataError if a prompt has two answers, of which a model can know at most one."""
     answers: dict[str, str] = {}
-    for prompt, answer in ((record[0].text, record[-1].text) for fact in facts for record in fact.wordings):
+    records = itertools.chain.from_iterable(fact.wordings for fact in facts if fact.question is not None)
+    for prompt, answer in ((record[0].text, record[-1].text) for record in records):
         if answers.setdefault(prompt, answer) != answer:
             raise DataError(
                 f"the prompt {prompt!r} has two answers, {answers[prompt].strip()!r} and {answer.strip()!r}, and a "

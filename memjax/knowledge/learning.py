@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -124,7 +123,9 @@ def learn_facts(
     if problem := too_long(facts, loaded.tokenizer, probe.length):
         warn(problem)
     before, began = probe.measure(loaded.model), time.perf_counter()
-    if before.get(NEW) == 1:
+    # Whether a text is known is not tested.
+    is_known = before.get(NEW) == 1 and len(probe.questions[NEW]) == len(facts)
+    if is_known:
         learned, last = loaded.model, "every fact was known before"
     else:
         learned, last = _learn(loaded, facts, background, records[:_REPLAYED], recipe, probe)
@@ -146,7 +147,7 @@ def learn_facts(
     say("\n".join([*lines, f"{'seconds a fact':<34}{seconds / len(facts):>10.2f}"]))
     if unknown:
         say("\n".join(["not known:", *shown(unknown)]))
-    if before.get(NEW) != 1 and (hint := advice(patch, after.get(NEW, 1.0), recipe)) is not None:
+    if not is_known and (hint := advice(patch, after.get(NEW, 1.0), recipe)) is not None:
         say(hint)
     say(f"written to {path}")
     return patch
@@ -170,7 +171,7 @@ def _learn(
         last = f"loss {loss:.4f}" + ("" if rate is None else f"  {NEW} {rate:.1%}")
         progress.update(epoch, f"epoch {epoch}/{recipe.epochs}  {last}")
         last += f"  after {epoch} of {recipe.epochs} epochs"
-        return rate == 1
+        return rate == 1 and len(probe.questions[NEW]) == len(facts)
 
     with Progress(recipe.epochs, _PROGRESS_SECONDS) as progress:
         learned = learn(
@@ -206,7 +207,7 @@ def shown(questions: Sequence[Record]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    return repr(textwrap.shorten(text, 100, placeholder=" ..."))
+    return repr(text if len(text) <= 100 else f"{text[:96]} ...")
 
 
 def advice(patch: Patch, known: float, recipe: Recipe) -> str | None:

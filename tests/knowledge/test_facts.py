@@ -7,7 +7,7 @@ import pytest
 
 from memjax.data.tokenizers.base import ByteTokenizer
 from memjax.errors import DataError
-from memjax.knowledge.facts import Fact, batch_of, pairs_of, read_facts, windows
+from memjax.knowledge.facts import Fact, batch_of, check_answers, pairs_of, read_facts, windows
 
 
 def write(tmp_path, *lines) -> str:
@@ -36,6 +36,14 @@ def test_texts_prompts_and_paraphrases_are_read(tmp_path):
     assert [segment.learned for segment in asked.wordings[2]] == [False, True]
     assert [fact.fields() for fact in (told, asked)] == lines
     assert [Fact.of_fields(line) for line in lines] == [told, asked]
+
+
+def test_a_prompt_has_one_answer_in_all_wordings_and_a_text_has_none():
+    facts = [Fact.of_fields({"prompt": "Who?", "answer": "Ann", "paraphrases": ["Whose?"]})]
+    facts += [Fact.of_fields({"text": text}) for text in ("Who?", "Whose?", "Ann")]
+    check_answers([*facts, *facts])
+    with pytest.raises(DataError, match=r"the prompt 'Whose\?' has two answers, 'Ann' and 'Bob', and"):
+        check_answers([*facts, Fact.of_fields({"prompt": "Whose?", "answer": "Bob"})])
 
 
 @pytest.mark.parametrize(

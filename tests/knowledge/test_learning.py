@@ -36,4 +36,5 @@ def test_the_first_ten_unknown_questions_are_shown():
     questions = [Fact.of_fields({"prompt": f"Who is {number}?", "answer": "x"}).wordings[0] for number in range(12)]
     assert shown(questions[:1]) == ["  'Who is 0?': 'x'"]
     assert len(shown(questions)) == 11
+    assert shown([Fact.of_fields({"prompt": "誰" * 101, "answer": "x"}).wordings[0]]) == [f"  '{'誰' * 96} ...': 'x'"]
     assert shown(questions)[-1] == "  and 2 more"
