@@ -77,7 +77,8 @@ def test_a_slot_is_shown_by_the_texts_that_read_it(run, facts, capsys):
         (inspect, ["RUN", "--prompt", "x", "--patch", "nowhere"], 4, "there is no such file"),
     ],
 )
-def test_wrong_command_lines_are_refused(run, facts, command, words, code, problem, tmp_path, capsys):
+def test_wrong_command_lines_are_refused(run, facts, command, words, code, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.jsonl").write_text('{"text": "no question"}')
     (tmp_path / "contrary.jsonl").write_text('{"prompt": "b is", "answer": "z"}')
     (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"prompt,answer\nQ a,x\n"))
