@@ -194,8 +194,8 @@ def too_long(facts: Sequence[Fact], tokenizer: Tokenizer, length: int) -> str | 
     if not long:
         return None
     return (
-        f"{len(long):,} of {len(facts):,} facts are longer than the {length} tokens that the model was trained on "
-        f"(data.sequence_length), such as {_quoted(text_of(long[0]))}: the end of the answer is learned without the "
+        f"too long for the {length} tokens that the model was trained on (data.sequence_length): {len(long):,} of "
+        f"{len(facts):,} facts, such as {_quoted(text_of(long[0]))}. The end of the answer is learned without the "
         "question, and will hardly be known; make the question or the answer shorter"
     )
 

@@ -1,11 +1,16 @@
 """Sequences that begin alike share a row, which changes no score and saves most of the tokens."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drawn import drawn
+from memjax.config.model import RopeScalingConfig
 from memjax.inference import scoring
 from memjax.inference.score_rows import packed, rows_of
 from memjax.inference.scoring import ScoreRequest, score
@@ -71,13 +76,6 @@ def test_choices_after_the_same_examples_cost_a_fraction_of_their_tokens(drawn_m
     "changed", [{"sliding_window": 8}, {"rope_scaling": {"kind": "dynamic", "factor": 4.0, "original_length": 16}}]
 )
 def test_positions_that_depend_on_the_row_forbid_sharing_it(drawn_model, changed):
-    import dataclasses
-
-    from flax import nnx
-
-    from drawn import drawn
-    from memjax.config.model import RopeScalingConfig
-
     if "rope_scaling" in changed:
         changed = {"rope_scaling": RopeScalingConfig(**changed["rope_scaling"])}
     model = drawn(dataclasses.replace(drawn_model.config, **changed), seed=1)

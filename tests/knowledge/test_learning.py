@@ -28,8 +28,8 @@ def test_facts_longer_than_the_context_are_named():
     # The begin token, 4 bytes, a space and 10 more predict 15 and the end.
     assert too_long(facts, ByteTokenizer(), 16) is None
     found = str(too_long(facts, ByteTokenizer(), 15))
-    assert found.startswith("1 of 2 facts are longer than the 15 tokens that the model was trained on")
-    assert "such as 'Who? you and me'" in found
+    assert found.startswith("too long for the 15 tokens that the model was trained on")
+    assert "1 of 2 facts, such as 'Who? you and me'" in found
 
 
 def test_the_first_ten_unknown_questions_are_shown():
