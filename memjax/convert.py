@@ -150,7 +150,7 @@ def quantize(run: str, *, settings: QuantizeConfig) -> None:
     place = shlex.quote(settings.out)
     print(f"run        {settings.out}: {describe(config.model)}, tables in {settings.table}, read-only")
     print(f'ask it     python -m memjax.generate {place} --prompt "..."')
-    print(f"off a GPU  python -m memjax.generate {place} --table_place host")
+    print(f"host table python -m memjax.generate {place} --table_place host")
 
 
 COMMANDS: Mapping[str, Subcommand] = {
