@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from factlab.report import write_into
-from factlab.runs import FamilyTraining, Pool, Result, Training, read_results
+from factlab.runs import Pool, Result, Training, read_results
 
 RunsOf = Callable[[str, dict[str, Result]], Sequence[Training]]
 """The runs of a stage, given the results so far."""
@@ -65,7 +65,7 @@ def serve(
     for stages in _together(arguments.stage, awaited):
         runs = [run for stage in stages for run in runs_of(stage, results)]
         if arguments.families:
-            runs = [run for run in runs if isinstance(run, FamilyTraining) and run.family in arguments.families]
+            runs = [run for run in runs if getattr(run, "family", None) in arguments.families]
         print(f"--- {', '.join(stages)}", flush=True)
         if arguments.plan:
             print("\n".join(f"{run.name}: {'done' if run.name in results else 'to do'}" for run in runs))
