@@ -74,3 +74,7 @@ def test_speeds_of_the_server_were_measured():
         speed = f"it generated {row['tokens/s']:,.0f} tokens/s, {row['of engine']:.2f} of the {engine}"
         first = f"95 % of the first tokens came within {row['first token p95 ms'] / 1e3:.2f} s."
         assert f"{speed}, and {first}" in page
+    again = json.loads((ROOT / "experiments/bench/results/serving-again-nvidia-h200.json").read_text())["rows"][0]
+    assert {again[name] == staying[name] for name in ("model", "clients", "prompt", "new", "hang_ups")} == {True}
+    speed = f"{again['tokens/s']:,.0f} tokens/s, {again['of engine']:.2f} of the engine's speed"
+    assert f"repeated later, it generated {speed}" in page
